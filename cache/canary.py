@@ -1,0 +1,158 @@
+"""The canary: fixed sequences that show whether a teacher still computes what the cache holds.
+
+One file per numeric class (engine, version, dtype, device). In the same class the scores must agree
+closely; a new class must agree with the first one within what another dtype costs, and a person
+must have confirmed it.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from stillroom.cache import jsonfile
+from stillroom.cache.errors import CorruptError, MismatchError
+from stillroom.cache.store import Cache
+from stillroom.cache.teacher import RowScores, ScoreRow, Teacher
+
+LENGTHS = (2, 4, 8, 16, 32, 64, 96, 128)
+KEPT = 16
+SAME_CLASS = (0.01, 3e-4)
+NEW_CLASS = (0.06, 3e-3)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far two scorings of the canary are apart."""
+
+    sampled_nats: float
+    """Mean absolute difference of the fixed tokens' logprobs."""
+    kl_nats: float
+    """Mean KL(first, second) over the kept entries and the rest."""
+
+    def within(self, limits: tuple[float, float]) -> bool:
+        """Whether both figures are at most the limits."""
+        return self.sampled_nats <= limits[0] and self.kl_nats <= limits[1]
+
+
+def check_canary(
+    cache: Cache, teacher: Teacher, *, accept_numerics: bool = False
+) -> Difference | None:
+    """Compare a teacher with the cache's canary; the first teacher of a cache lays it down.
+
+    Args:
+        cache: the cache about to be filled.
+        teacher: the teacher about to fill it.
+        accept_numerics: a person confirmed a numeric class that the cache has not seen.
+
+    Returns:
+        The difference, or None if this teacher laid the canary down.
+
+    Raises:
+        MismatchError: the scores differ by more than rounding, or the class is new and not
+            confirmed.
+    """
+    path = f"canary/{_slug(teacher.numeric_class)}.json"
+    known = [entry.path for entry in cache.storage.list("canary")]
+    scores = _score(cache, teacher)
+    if path in known:
+        return _compare(cache, path, scores, SAME_CLASS, teacher)
+    difference = None
+    if known:
+        difference = _compare(cache, _first(cache, known), scores, NEW_CLASS, teacher)
+        if not accept_numerics:
+            raise MismatchError(
+                cache.storage.describe(path),
+                f"a numeric class that the cache knows ({', '.join(known)})",
+                f"{teacher.numeric_class}, {difference.sampled_nats:.2g} nats apart",
+                "If this engine may fill the cache too, confirm it with --accept-numerics.",
+            )
+    cache.storage.put_new(path, jsonfile.dump({**scores, "order": len(known)}))
+    return difference
+
+
+def canary_rows(vocab_size: int) -> list[ScoreRow]:
+    """Pseudo-random sequences, the same for a vocabulary; all but the first token are scored."""
+    rows = []
+    for length in LENGTHS:
+        ids = [
+            xxhash.xxh3_64_intdigest(f"canary/{length}/{i}".encode()) % vocab_size
+            for i in range(length)
+        ]
+        rows.append(ScoreRow(np.array(ids, np.uint32), np.arange(1, length)))
+    return rows
+
+
+def _score(cache: Cache, teacher: Teacher) -> dict[str, Any]:
+    identity = cache.identity
+    rows = canary_rows(identity.vocab_size)
+    found = dict(teacher.score(rows, identity.topk, identity.temperature))
+    ordered: list[RowScores] = [found[i] for i in range(len(rows))]
+    kept = min(KEPT, identity.topk)
+    return {
+        "topk_id": np.concatenate([s.topk_id[:, :kept] for s in ordered]).tolist(),
+        "topk_logprob": np.concatenate([s.topk_logprob[:, :kept] for s in ordered])
+        .astype(float)
+        .tolist(),
+        "sampled_logprob": np.concatenate([s.sampled_logprob for s in ordered])
+        .astype(float)
+        .tolist(),
+    }
+
+
+def _compare(
+    cache: Cache, path: str, scores: dict[str, Any], limits: tuple[float, float], teacher: Teacher
+) -> Difference:
+    where = cache.storage.describe(path)
+    stored = jsonfile.load(cache.storage.get(path), where)
+    try:
+        difference = _difference(stored, scores)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CorruptError(
+            where, "scores of the canary", repr(error), "Restore the file."
+        ) from error
+    if not difference.within(limits):
+        raise MismatchError(
+            where,
+            f"logprobs within {limits[0]} nats and KL within {limits[1]} of the cache's",
+            f"{difference.sampled_nats:.3g} nats and KL {difference.kl_nats:.3g}"
+            f" from {teacher.numeric_class}",
+            "The teacher does not compute what the cache holds: check its weights and settings,"
+            " or use a new root.",
+        )
+    return difference
+
+
+def _difference(first: dict[str, Any], second: dict[str, Any]) -> Difference:
+    sampled = np.abs(np.subtract(first["sampled_logprob"], second["sampled_logprob"]))
+    kl = [
+        _kl(dict(zip(i1, l1, strict=True)), dict(zip(i2, l2, strict=True)))
+        for i1, l1, i2, l2 in zip(
+            first["topk_id"],
+            first["topk_logprob"],
+            second["topk_id"],
+            second["topk_logprob"],
+            strict=True,
+        )
+    ]
+    return Difference(float(sampled.mean()), float(np.mean(kl)))
+
+
+def _kl(first: dict[int, float], second: dict[int, float]) -> float:
+    """KL over the ids that both kept, and one bucket for all else."""
+    common = sorted(first.keys() & second.keys())
+    p = np.exp([first[i] for i in common], dtype=np.float64)
+    q = np.exp([second[i] for i in common], dtype=np.float64)
+    p_rest, q_rest = max(1 - p.sum(), 1e-6), max(1 - q.sum(), 1e-6)
+    return float((p * np.log(p / q)).sum() + p_rest * np.log(p_rest / q_rest))
+
+
+def _first(cache: Cache, paths: list[str]) -> str:
+    orders = {p: jsonfile.load(cache.storage.get(p), p).get("order", 0) for p in paths}
+    return min(paths, key=lambda p: (orders[p], p))
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)

@@ -1,0 +1,99 @@
+"""A Hugging Face causal language model taken apart into trunk and head, so that T x V logits are
+never held.
+
+Shapes: T tokens, H hidden, V logit width.
+"""
+
+import math
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from stillroom.cache.errors import InputError
+from stillroom.cache.fingerprint import ModelFiles
+
+PROBE_TOKENS = 8
+HEAD_TOLERANCE = 0.05
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA if there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def load_causal_lm(files: ModelFiles, dtype: str, device: torch.device) -> PreTrainedModel:
+    """Load a model whose folder was inspected; in eval mode.
+
+    Raises:
+        InputError: weights are missing or do not fit, or its head cannot be separated from its
+            trunk.
+    """
+    hf_logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            files.folder,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+        model, info = loaded
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        cause = str(error).splitlines()[0]
+        do = "Save the model again with save_pretrained."
+        raise InputError(str(files.folder), "a causal language model", cause, do) from error
+    missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    if missing:
+        got = f"{len(missing)} missing or of another shape, such as {missing[0]}"
+        raise InputError(
+            str(files.folder), "weights for every tensor", got, "Save the model again."
+        )
+    model = cast(PreTrainedModel, model.to(device).eval())
+    _check_head(model, files)
+    return model
+
+
+def trunk(model: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Last hidden states (B, T, H), after the final norm."""
+    output = model.base_model(input_ids=input_ids, use_cache=False, **kwargs)
+    return cast(torch.Tensor, output.last_hidden_state)
+
+
+def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (..., V) of hidden states (..., H), with the model's own scale and soft-cap."""
+    head = model.get_output_embeddings()
+    assert head is not None
+    logits: torch.Tensor = head(hidden)
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if scale is not None:
+        logits = logits * scale
+    if divisor is not None:
+        logits = logits / divisor
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _check_head(model: PreTrainedModel, files: ModelFiles) -> None:
+    """Trunk and head must give what the whole model gives, or an architecture does more than we
+    know."""
+    ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % files.vocab_size
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits.float()
+        ours = head_logits(model, trunk(model, ids)).float()
+    difference = (whole - ours).abs().max().item()
+    if math.isfinite(difference) and difference > HEAD_TOLERANCE * max(
+        1.0, whole.abs().max().item()
+    ):
+        raise InputError(
+            str(files.folder),
+            "an output head that is one matrix, a scale and a soft-cap",
+            f"logits that differ by {difference:.3g} ({type(model).__name__})",
+            "This architecture is not supported yet.",
+        )

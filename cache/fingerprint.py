@@ -1,0 +1,205 @@
+"""What a model folder and a tokenizer are, told from their files, without loading the model.
+
+A model's fingerprint hashes its config, the names, dtypes and shapes of its tensors, and bytes
+sampled from each tensor. A tokenizer's fingerprint hashes its map from token to id: equal
+fingerprints mean that ids mean the same.
+"""
+
+import json
+import struct
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillroom.cache import jsonfile
+from stillroom.cache.errors import InputError, MissingError
+
+VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache")
+SAMPLE_BYTES = 4096
+MAX_HEADER_BYTES = 100 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFiles:
+    """A complete Hugging Face model folder."""
+
+    folder: Path
+    config: dict[str, Any]
+    fingerprint: str
+    weight_format: str
+    """Most common tensor dtype (F32, BF16, ...) or the quantisation method."""
+    tokenizer_fingerprint: str
+    vocab_size: int
+    """Ids that the tokenizer knows: its largest id + 1."""
+    logit_width: int
+    """Rows of the output head; larger than vocab_size where the head is padded."""
+    max_length: int
+    """Positions that the model was made for, in tokens."""
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """Folder of a model: a path as it is, or a hub id from the local hub cache (fetched if the hub
+    is reachable).
+
+    Raises:
+        MissingError: there is no such folder and no such model.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise MissingError(
+            model, "a model folder", "nothing", "Check the path, or make the folder first."
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        cause = str(error).splitlines()[0]
+        do = "Check the name; without network, download it first or give a folder."
+        raise MissingError(model, "a model folder or a hub id", cause, do) from error
+
+
+def inspect_model(model: str, revision: str | None = None) -> ModelFiles:
+    """Read what a model folder holds and check that it is whole.
+
+    Raises:
+        MissingError: no such folder, or a file of it is missing.
+        InputError: a weight file is cut short, or a file cannot be parsed.
+    """
+    folder = resolve(model, revision)
+    config = _read_json(folder / "config.json")
+    tensors = _tensors(folder)
+    text_config = config.get("text_config", config)
+    vocab = _vocab(folder)
+    quantized = config.get("quantization_config", {}).get("quant_method")
+    common = Counter(t["dtype"] for _, t in tensors.values()).most_common(1)[0][0]
+    return ModelFiles(
+        folder=folder,
+        config=config,
+        fingerprint=_fingerprint(folder, config, tensors),
+        weight_format=quantized or common,
+        tokenizer_fingerprint=jsonfile.digest(
+            jsonfile.dump(sorted(vocab.items(), key=lambda item: item[1]))
+        ),
+        vocab_size=max(vocab.values()) + 1,
+        logit_width=int(text_config["vocab_size"]),
+        max_length=int(text_config.get("max_position_embeddings", 1 << 30)),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise MissingError(
+            str(path),
+            "a file of a model folder",
+            "nothing",
+            "The folder is not complete: save it again.",
+        )
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(
+            str(path),
+            "JSON",
+            str(error),
+            "The file is damaged or half written: save the model again.",
+        ) from error
+    if not isinstance(value, dict):
+        raise InputError(str(path), "a JSON object", type(value).__name__, "Save the model again.")
+    return value
+
+
+def _tensors(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    index = folder / "model.safetensors.index.json"
+    names = (
+        sorted(set(_read_json(index)["weight_map"].values()))
+        if index.is_file()
+        else ["model.safetensors"]
+    )
+    tensors: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise MissingError(
+                str(path),
+                "a weight file",
+                "nothing",
+                "The folder is not complete: save the model again.",
+            )
+        for tensor, entry in _safetensors_header(path).items():
+            tensors[tensor] = (path, entry)
+    if not tensors:
+        raise InputError(
+            str(folder), "weights in safetensors", "no tensor", "Save the model again."
+        )
+    return tensors
+
+
+def _safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > min(size, MAX_HEADER_BYTES):
+            raise _cut_short(path, size)
+        try:
+            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+        except ValueError as error:
+            raise _cut_short(path, size) from error
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if 8 + length + end != size:
+        raise _cut_short(path, size)
+    for entry in header.values():
+        entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
+    return header
+
+
+def _cut_short(path: Path, size: int) -> InputError:
+    return InputError(
+        str(path),
+        "a whole safetensors file",
+        f"one that is damaged or half written ({size} bytes)",
+        "Save the model again.",
+    )
+
+
+def _fingerprint(
+    folder: Path, config: dict[str, Any], tensors: dict[str, tuple[Path, dict[str, Any]]]
+) -> str:
+    stable = {key: value for key, value in config.items() if key not in VOLATILE_CONFIG}
+    parts = [jsonfile.dump(stable)]
+    for name, (path, entry) in sorted(tensors.items()):
+        parts.append(jsonfile.dump([name, entry["dtype"], entry["shape"]]))
+        begin, end = entry["data_offsets"]
+        with path.open("rb") as file:
+            for start in {begin, (begin + end) // 2, max(begin, end - SAMPLE_BYTES)}:
+                file.seek(start)
+                parts.append(jsonfile.digest(file.read(min(SAMPLE_BYTES, end - start))).encode())
+    return jsonfile.digest(b"\n".join(parts))
+
+
+def _vocab(folder: Path) -> dict[str, int]:
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            return dict(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True))
+        except Exception as error:
+            raise InputError(
+                str(path), "a tokenizer", str(error), "Save the tokenizer again."
+            ) from error
+    from transformers import AutoTokenizer
+
+    try:
+        return dict(AutoTokenizer.from_pretrained(folder).get_vocab())
+    except Exception as error:
+        cause = str(error).splitlines()[0]
+        raise MissingError(
+            str(folder), "a tokenizer", cause, "Save the tokenizer beside the model."
+        ) from error

@@ -1,0 +1,125 @@
+"""The identity of a cache: which teacher scored it, and how. Written once, compared by every job
+that opens it."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from stillroom.cache import jsonfile
+from stillroom.cache.errors import ConfigError, CorruptError, MismatchError
+from stillroom.cache.schema import FORMAT_VERSION
+
+KNOWN_FEATURES = frozenset[str]()
+SHARD_FORMATS = ("zarr",)
+MAX_TOPK = 65535
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherId:
+    """A teacher model, told from its files."""
+
+    name: str
+    revision: str | None
+    weight_format: str
+    compute_dtype: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """Everything that must be equal for scores to be comparable."""
+
+    teacher: TeacherId
+    tokenizer_fingerprint: str
+    vocab_size: int
+    """Ids that the tokenizer knows; probabilities are normalised over these."""
+    logit_width: int
+    """Rows of the teacher's output head; those from vocab_size on are masked."""
+    temperature: float = 1.0
+    """Divides the teacher's logits before the softmax; > 0."""
+    topk: int = 64
+    """K, entries a position, 1 to vocab_size."""
+    mass: float = 1.0
+    """Entries are kept until they cover this probability; 1 keeps all K."""
+    extra: int = 0
+    """M, further scored ids a position."""
+    shard_format: str = "zarr"
+    required_features: tuple[str, ...] = ()
+    """What a reader must know beyond the format version; it refuses what it does not."""
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not 1 <= self.topk <= min(self.vocab_size, MAX_TOPK):
+            _refuse("topk", f"1 to {min(self.vocab_size, MAX_TOPK)} (the vocabulary)", self.topk)
+        if not 0 < self.temperature < float("inf"):
+            _refuse("temperature", "a positive number", self.temperature)
+        if self.mass != 1.0:
+            _refuse("mass", "1 (no mass cut-off)", self.mass)
+        if self.extra != 0:
+            _refuse("extra", "0 (no extra ids)", self.extra)
+        if self.shard_format not in SHARD_FORMATS:
+            _refuse("shard_format", f"one of {SHARD_FORMATS}", self.shard_format)
+        if self.logit_width < self.vocab_size:
+            _refuse("logit_width", f"at least the tokenizer's {self.vocab_size}", self.logit_width)
+
+    def to_json(self) -> bytes:
+        """Canonical bytes, as stored in `cache.json`."""
+        return jsonfile.dump(asdict(self))
+
+    def digest(self) -> str:
+        """Hash of the canonical bytes; commits and shards carry it."""
+        return jsonfile.digest(self.to_json())
+
+    @staticmethod
+    def from_json(data: bytes, where: str) -> "Identity":
+        """Parse `cache.json`.
+
+        Raises:
+            MismatchError: it was written by another format version, or needs a feature unknown
+                here.
+            CorruptError: it is not an identity.
+        """
+        value = jsonfile.load(data, where)
+        version = value.get("format_version")
+        if version != FORMAT_VERSION:
+            do = "Read it with the version of Stillroom that wrote it."
+            raise MismatchError(where, f"format version {FORMAT_VERSION}", f"{version!r}", do)
+        unknown = sorted(set(value.get("required_features", [])) - KNOWN_FEATURES)
+        if unknown:
+            raise MismatchError(
+                where, "only features known here", f"{unknown}", "Update Stillroom."
+            )
+        try:
+            value["teacher"] = jsonfile.build(TeacherId, value["teacher"], where)
+            value["required_features"] = tuple(value["required_features"])
+        except (KeyError, TypeError) as error:
+            raise CorruptError(
+                where, "a cache identity", f"no usable {error}", "Restore the file."
+            ) from error
+        identity: Identity = jsonfile.build(Identity, value, where)
+        return identity
+
+    def check_same(self, other: "Identity", where: str) -> None:
+        """Refuse another identity.
+
+        Raises:
+            MismatchError: names every field that differs.
+        """
+        mine, theirs = _flat(asdict(self)), _flat(asdict(other))
+        differing = [key for key in mine if mine[key] != theirs[key]]
+        if differing:
+            raise MismatchError(
+                where,
+                ", ".join(f"{key} = {mine[key]!r}" for key in differing),
+                ", ".join(f"{key} = {theirs[key]!r}" for key in differing),
+                "A cache holds one teacher's scores: use those settings, or another root.",
+            )
+
+
+def _flat(value: dict[str, Any]) -> dict[str, Any]:
+    teacher = value.pop("teacher")
+    return {**{f"teacher.{f.name}": teacher[f.name] for f in fields(TeacherId)}, **value}
+
+
+def _refuse(name: str, expected: str, got: object) -> None:
+    raise ConfigError(name, expected, repr(got), "Change the setting.")

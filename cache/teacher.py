@@ -1,0 +1,113 @@
+"""What a teacher is to the score job, whichever engine runs it. Needs no torch.
+
+Nouns: a `ScoreRow` is one sequence and the tokens of it to score; `RowScores` is the answer. Entry
+t of the answer scores the token at index `targets[t]` given every token before it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from stillroom.cache.errors import ConfigError
+from stillroom.cache.fingerprint import ModelFiles
+from stillroom.cache.identity import Identity, TeacherId
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """Which teacher, and how it runs."""
+
+    model: str
+    """Folder of a Hugging Face model with its tokenizer, or a hub id."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    dtype: str = "float32"
+    """Compute dtype: float32, bfloat16 or float16. Logits are float32 whatever it is."""
+    device: str = "auto"
+    """auto (CUDA if there is one, else CPU), cpu, cuda or cuda:N."""
+    max_batch_tokens: int = 8192
+    """Tokens of one forward, padding counted; >= 1. A longer sequence goes alone."""
+    head_rows: int = 512
+    """Positions whose logits are held at once; >= 1."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.dtype not in DTYPES:
+            raise ConfigError(
+                "teacher.dtype", f"one of {DTYPES}", repr(self.dtype), "Change the setting."
+            )
+        if min(self.max_batch_tokens, self.head_rows) < 1:
+            got = f"{self.max_batch_tokens} and {self.head_rows}"
+            raise ConfigError(
+                "teacher.max_batch_tokens, teacher.head_rows", "at least 1", got, "Raise them."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRow:
+    """One sequence to score."""
+
+    token: np.ndarray
+    """(n,) uint32: what the teacher reads, prompt and completion."""
+    targets: np.ndarray
+    """(p,) int64: indices into token to score, each >= 1, ascending."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowScores:
+    """The teacher's scores of one row; natural logs over the full vocabulary."""
+
+    topk_id: np.ndarray
+    """(p, K) uint32, by rounded logprob descending, then by id."""
+    topk_logprob: np.ndarray
+    """(p, K) float16, nats."""
+    tail_logprob: np.ndarray
+    """(p,) float16, nats: log of the probability outside topk_id, summed before rounding; -inf if K
+    is all."""
+    sampled_logprob: np.ndarray
+    """(p,) float32, nats."""
+
+
+class Teacher(Protocol):
+    """An engine that scores rows."""
+
+    @property
+    def numeric_class(self) -> str:
+        """Engine, version, dtype and device: what decides the last bits of a score."""
+
+    def score(
+        self, rows: Sequence[ScoreRow], topk: int, temperature: float
+    ) -> Iterator[tuple[int, RowScores]]:
+        """Yield (index into rows, scores), each row once, in any order.
+
+        Raises:
+            NumericsError: the model gave NaN or infinite logits; names the row.
+        """
+
+
+def identity_of(
+    files: ModelFiles, config: TeacherConfig, topk: int, temperature: float
+) -> Identity:
+    """Identity of a cache that this teacher fills.
+
+    Raises:
+        ConfigError: topk or temperature is out of range for it.
+    """
+    return Identity(
+        teacher=TeacherId(
+            name=config.model,
+            revision=config.revision,
+            weight_format=files.weight_format,
+            compute_dtype=config.dtype,
+            fingerprint=files.fingerprint,
+        ),
+        tokenizer_fingerprint=files.tokenizer_fingerprint,
+        vocab_size=files.vocab_size,
+        logit_width=files.logit_width,
+        temperature=temperature,
+        topk=topk,
+    )
