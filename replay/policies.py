@@ -1,0 +1,137 @@
+"""Published students: one JSON object a policy version, put if absent, beside the weights that it
+names."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from stillroom.cache import jsonfile
+from stillroom.cache.errors import MismatchError, MissingError
+from stillroom.cache.fingerprint import ModelFiles, inspect_model
+from stillroom.cache.storage import Storage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """One published student."""
+
+    version: int
+    """0 is the initial student."""
+    run: str
+    """The run that published it."""
+    parent: int | None
+    """Policy that it was trained from; None for version 0."""
+    step: int
+    """Optimiser steps that the run had taken."""
+    path: str
+    """Folder with its weights; relative to the root where it lies below it."""
+    fingerprint: str
+    """Of its files."""
+
+
+def policy_path(version: int) -> str:
+    """Object of a policy."""
+    return f"policies/{version:06d}.json"
+
+
+def put_policy(storage: Storage, policy: Policy) -> bool:
+    """Publish; False if the version exists."""
+    return storage.put_new(policy_path(policy.version), jsonfile.dump(asdict(policy)))
+
+
+def read_policy(storage: Storage, version: int) -> Policy:
+    """Read a published policy.
+
+    Raises:
+        MissingError: there is none of that version.
+    """
+    path = policy_path(version)
+    where = storage.describe(path)
+    try:
+        data = storage.get(path)
+    except MissingError as error:
+        do = "List the policies with 'stillroom status'."
+        raise MissingError(where, f"policy {version}", "none", do) from error
+    policy: Policy = jsonfile.build(Policy, jsonfile.load(data, where), where)
+    return policy
+
+
+def policy_versions(storage: Storage) -> list[int]:
+    """Versions published so far, ascending."""
+    names = [
+        e.path.removeprefix("policies/").removesuffix(".json") for e in storage.list("policies")
+    ]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def policy_folder(storage: Storage, policy: Policy) -> Path:
+    """Where a policy's weights lie."""
+    folder = Path(policy.path)
+    return folder if folder.is_absolute() else Path(storage.root).expanduser().absolute() / folder
+
+
+def open_policy(storage: Storage, version: int) -> ModelFiles:
+    """Inspect a policy's weights.
+
+    Raises:
+        MismatchError: they are not the ones that were published.
+        MissingError: they are gone.
+    """
+    policy = read_policy(storage, version)
+    folder = policy_folder(storage, policy)
+    if not folder.is_dir():
+        raise MissingError(
+            str(folder), f"the weights of policy {version}", "no folder", "Restore the folder."
+        )
+    files = inspect_model(str(folder))
+    if files.fingerprint != policy.fingerprint:
+        do = "The folder was changed after it was published: restore it, or start a new root."
+        where = f"policy {version} at {folder}"
+        raise MismatchError(where, f"fingerprint {policy.fingerprint}", files.fingerprint, do)
+    return files
+
+
+def register_initial(storage: Storage, files: ModelFiles, run: str) -> None:
+    """Make a student policy 0 of a cache.
+
+    Raises:
+        MismatchError: policy 0 is another student.
+    """
+    policy = Policy(
+        version=0,
+        run=run,
+        parent=None,
+        step=0,
+        path=str(files.folder.absolute()),
+        fingerprint=files.fingerprint,
+    )
+    if not put_policy(storage, policy):
+        first = read_policy(storage, 0)
+        if first.fingerprint != files.fingerprint:
+            where = storage.describe(policy_path(0))
+            do = "A cache has one initial student: use that one, or another root."
+            got = f"{files.folder} ({files.fingerprint})"
+            raise MismatchError(where, f"the student {first.path} ({first.fingerprint})", got, do)
+
+
+def check_student(
+    files: ModelFiles, tokenizer_fingerprint: str, vocab_size: int, teacher: str
+) -> None:
+    """Refuse a student whose ids do not mean what the teacher's mean.
+
+    Raises:
+        MismatchError: other tokenizer, other vocabulary, or a head smaller than the vocabulary.
+    """
+    where = str(files.folder)
+    do = "Choose a student with the teacher's tokenizer."
+    if files.vocab_size != vocab_size:
+        expected = f"the vocabulary of {teacher}, {vocab_size} tokens"
+        raise MismatchError(where, expected, f"{files.vocab_size} tokens", do)
+    if files.tokenizer_fingerprint != tokenizer_fingerprint:
+        expected = f"the tokenizer of {teacher} ({tokenizer_fingerprint})"
+        raise MismatchError(
+            where, expected, f"another of the same size ({files.tokenizer_fingerprint})", do
+        )
+    if files.logit_width < vocab_size:
+        raise MismatchError(
+            where, f"an output head of at least {vocab_size} rows", f"{files.logit_width}", do
+        )

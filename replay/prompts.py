@@ -1,0 +1,172 @@
+"""Prompts: read through Hugging Face datasets, rendered once to token ids.
+
+A row has `messages` (chat), or `prompt` or `text` (plain, taken as one user message where the
+tokenizer has a chat template). Prompts that are too long are left out and counted, never cut.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stillroom.cache.errors import ConfigError, InputError, MissingError
+from stillroom.cache.part import prompt_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COLUMNS = ("messages", "prompt", "text")
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptsConfig:
+    """Where prompts come from."""
+
+    source: str
+    """A .jsonl, .json, .parquet or .csv file, or a hub id."""
+    split: str = "train"
+    """Split of a hub id."""
+    column: str | None = None
+    """messages, prompt or text; None takes the first of these that is there."""
+    limit: int | None = None
+    """Rows to read from the start; None for all."""
+    max_tokens: int = 1024
+    """Longest prompt, in tokens; longer ones are left out and counted."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.column is not None and self.column not in COLUMNS:
+            raise ConfigError(
+                "prompts.column", f"one of {COLUMNS}", repr(self.column), "Change it."
+            )
+        if self.max_tokens < 1 or (self.limit is not None and self.limit < 1):
+            got = f"{self.max_tokens} and {self.limit}"
+            raise ConfigError("prompts.max_tokens, prompts.limit", "at least 1", got, "Raise them.")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt."""
+
+    token: np.ndarray
+    """(n,) uint32."""
+    id: int
+    """Hash of the token ids."""
+    name: str | None
+    """The row's `prompt_name`, if it has one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Prompts that can be used, and how many could not."""
+
+    prompts: tuple[Prompt, ...]
+    num_too_long: int
+
+
+def load_prompts(config: PromptsConfig, tokenizer: "PreTrainedTokenizerBase", room: int) -> Prompts:
+    """Read and render prompts.
+
+    Args:
+        config: where they are.
+        tokenizer: the student's.
+        room: longest prompt, in tokens, that leaves the models room for a completion.
+
+    Raises:
+        MissingError: the file is not there.
+        InputError: no row, no usable column, an empty prompt, or none that fits.
+        ConfigError: no room at all.
+    """
+    if room < 1:
+        do = "Ask for shorter completions (sampler.max_new_tokens)."
+        got = f"{room} tokens left for a prompt"
+        raise ConfigError("sampler.max_new_tokens", "room for a prompt and its completion", got, do)
+    rows = _read(config)
+    column = _column(config, rows.column_names)
+    rendered = [
+        _render(value, tokenizer, f"{config.source}, row {i}")
+        for i, value in enumerate(rows[column])
+    ]
+    names = rows["prompt_name"] if "prompt_name" in rows.column_names else [None] * len(rendered)
+    longest = min(config.max_tokens, room)
+    prompts = [
+        Prompt(ids, prompt_id(ids), None if name is None else str(name))
+        for ids, name in zip(rendered, names, strict=True)
+        if len(ids) <= longest
+    ]
+    if not prompts:
+        shortest = min(len(ids) for ids in rendered)
+        do = "Raise prompts.max_tokens, lower sampler.max_new_tokens, or use shorter prompts."
+        expected = f"a prompt of at most {longest} tokens, which leaves room for a completion"
+        raise InputError(config.source, expected, f"none; the shortest has {shortest}", do)
+    return Prompts(tuple(_unique(prompts)), len(rendered) - len(prompts))
+
+
+def _read(config: PromptsConfig) -> Any:
+    import datasets
+
+    path = Path(config.source).expanduser()
+    loader = LOADERS.get(path.suffix)
+    datasets.disable_progress_bars()
+    if loader and not path.is_file():
+        raise MissingError(str(path), "a file of prompts", "nothing", "Check prompts.source.")
+    if loader and path.stat().st_size == 0:
+        raise InputError(str(path), "at least one prompt", "an empty file", "Add prompts.")
+    try:
+        if loader:
+            rows = datasets.load_dataset(loader, data_files=str(path), split="train")
+        else:
+            rows = datasets.load_dataset(config.source, split=config.split)
+    except Exception as error:
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        do = "Check the name, the format and the split."
+        raise InputError(
+            config.source, f"prompts as {sorted(LOADERS)} or a hub id", cause, do
+        ) from error
+    rows = rows.select(range(min(config.limit or len(rows), len(rows))))
+    if len(rows) == 0:
+        raise InputError(config.source, "at least one prompt", "no row", "Add prompts.")
+    return rows
+
+
+def _column(config: PromptsConfig, names: Sequence[str]) -> str:
+    wanted = [config.column] if config.column else list(COLUMNS)
+    for name in wanted:
+        if name in names:
+            return name
+    do = "Rename the column that holds the prompts, or set prompts.column."
+    raise InputError(config.source, f"a column {' or '.join(wanted)}", f"{sorted(names)}", do)
+
+
+def _render(value: Any, tokenizer: "PreTrainedTokenizerBase", where: str) -> np.ndarray:
+    if not value or (isinstance(value, str) and not value.strip()):
+        raise InputError(where, "a prompt", "an empty one", "Leave the row out.")
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else list(value)
+    try:
+        if tokenizer.chat_template is not None:
+            text = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        elif isinstance(value, str):
+            ids = tokenizer(value)["input_ids"]
+        else:
+            do = "Use a column 'prompt' or 'text', or a tokenizer with a chat template."
+            raise InputError(
+                where, "plain text, as the tokenizer has no chat template", "messages", do
+            )
+    except InputError:
+        raise
+    except Exception as error:
+        do = "Give messages as a list of {'role': ..., 'content': ...}."
+        raise InputError(where, "messages that the chat template takes", str(error), do) from error
+    if not ids:
+        raise InputError(where, "a prompt", "one that renders to no token", "Leave the row out.")
+    return np.asarray(ids, np.uint32)
+
+
+def _unique(prompts: list[Prompt]) -> list[Prompt]:
+    return list({prompt.id: prompt for prompt in reversed(prompts)}.values())[::-1]

@@ -1,0 +1,72 @@
+"""What a student sampler is to the rollout job, whichever engine runs it. Needs no torch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from stillroom.cache.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerConfig:
+    """How completions are sampled."""
+
+    samples_per_prompt: int = 1
+    """Completions of each prompt; >= 1."""
+    max_new_tokens: int = 256
+    """Longest completion, in tokens; >= 1."""
+    temperature: float = 1.0
+    """Divides the logits before the softmax; > 0."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that cover this probability; 0 < top_p <= 1, 1 keeps all."""
+    top_k: int = 0
+    """Keep this many of the likeliest tokens; 0 keeps all."""
+    batch_rows: int = 32
+    """Sequences that are generated together; >= 1."""
+    dtype: str = "float32"
+    """Compute dtype: float32, bfloat16 or float16."""
+    device: str = "auto"
+    """auto (CUDA if there is one, else CPU), cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if min(self.samples_per_prompt, self.max_new_tokens, self.batch_rows) < 1:
+            got = f"{self.samples_per_prompt}, {self.max_new_tokens} and {self.batch_rows}"
+            names = "sampler.samples_per_prompt, max_new_tokens, batch_rows"
+            raise ConfigError(names, "at least 1", got, "Raise them.")
+        if not (0 < self.temperature < float("inf") and 0 < self.top_p <= 1 and self.top_k >= 0):
+            got = f"{self.temperature}, {self.top_p} and {self.top_k}"
+            expected = "a positive number, a probability above 0, and a count of 0 or more"
+            raise ConfigError("sampler.temperature, top_p, top_k", expected, got, "Change them.")
+
+    def recorded(self) -> dict[str, Any]:
+        """What decides the distribution; stored with every part and shard."""
+        kept = {k: v for k, v in asdict(self).items() if k not in ("batch_rows", "device")}
+        return {**kept, "behaviour_logprob": "after temperature and filters"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One completion."""
+
+    completion: np.ndarray
+    """(n,) uint32; ends with the stop token if there was one."""
+    behaviour_logprob: np.ndarray
+    """(n,) float32, nats: log probability of each token where it was drawn, after temperature and
+    filters."""
+    finish_reason: str
+    """stop or length."""
+
+
+class StudentSampler(Protocol):
+    """An engine that samples completions."""
+
+    def sample(self, prompts: Sequence[np.ndarray], seed: int) -> Iterator[tuple[int, Sampled]]:
+        """Yield (index into prompts, completion), each prompt once, in any order; equal seeds,
+        equal completions.
+
+        Raises:
+            NumericsError: the model gave NaN or infinite logits.
+        """

@@ -1,0 +1,148 @@
+"""Sampling with transformers' batched generate, with the exact logprob of every drawn token.
+
+Temperature and filters run as logits processors of ours, and after them a recorder that keeps one
+step's log probabilities until the drawn token is known: memory is B x V, whatever the length.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from stillroom.cache.causal_lm import load_causal_lm, pick_device
+from stillroom.cache.errors import NumericsError
+from stillroom.cache.fingerprint import ModelFiles
+from stillroom.replay.sampler import Sampled, SamplerConfig
+
+
+class TransformersSampler:
+    """A student in this process.
+
+    Args:
+        files: its inspected folder.
+        config: how it samples.
+    """
+
+    def __init__(self, files: ModelFiles, config: SamplerConfig) -> None:
+        """Load the model."""
+        self._config = config
+        self._vocab_size = files.vocab_size
+        self._device = pick_device(config.device)
+        self._model: Any = load_causal_lm(files, config.dtype, self._device)
+        self._stop = stop_ids(files, self._model.generation_config)
+        # A checkpoint's own generation settings (penalties, filters) would change what is sampled.
+        self._model.generation_config = GenerationConfig()
+
+    def sample(self, prompts: Sequence[np.ndarray], seed: int) -> Iterator[tuple[int, Sampled]]:
+        """Sample a completion of each prompt; see `sampler.StudentSampler`."""
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+        size = self._config.batch_rows
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            sampled = self._sample_batch([prompts[i] for i in batch], seed + start)
+            yield from zip(batch, sampled, strict=True)
+
+    @torch.inference_mode()
+    def _sample_batch(self, prompts: list[np.ndarray], seed: int) -> list[Sampled]:
+        width = max(len(p) for p in prompts)
+        pad = self._stop[0]
+        ids = np.full((len(prompts), width), pad, np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = prompt
+            mask[row, width - len(prompt) :] = 1
+        recorder = LogprobRecorder(self._vocab_size)
+        settings = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=self._config.max_new_tokens,
+            eos_token_id=self._stop,
+            pad_token_id=pad,
+        )
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            sequences = self._model.generate(
+                torch.from_numpy(ids).to(self._device),
+                attention_mask=torch.from_numpy(mask).to(self._device),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([*self._filters(), recorder]),
+            )
+        drawn = sequences[:, width:]
+        logprob = recorder.finish(drawn[:, -1])
+        return [
+            self._cut(t, p) for t, p in zip(drawn.cpu().numpy(), logprob.cpu().numpy(), strict=True)
+        ]
+
+    def _filters(self) -> list[LogitsProcessor]:
+        filters: list[LogitsProcessor] = []
+        if self._config.temperature != 1.0:
+            filters.append(TemperatureLogitsWarper(self._config.temperature))
+        if self._config.top_k:
+            filters.append(TopKLogitsWarper(self._config.top_k))
+        if self._config.top_p < 1.0:
+            filters.append(TopPLogitsWarper(self._config.top_p))
+        return filters
+
+    def _cut(self, tokens: np.ndarray, logprob: np.ndarray) -> Sampled:
+        stops = np.flatnonzero(np.isin(tokens, self._stop))
+        end = int(stops[0]) + 1 if len(stops) else len(tokens)
+        reason = "stop" if len(stops) else "length"
+        return Sampled(
+            tokens[:end].astype(np.uint32), np.minimum(logprob[:end], 0).astype(np.float32), reason
+        )
+
+
+class LogprobRecorder(LogitsProcessor):
+    """Notes the log probability of every drawn token; must be the last processor.
+
+    Args:
+        vocab_size: ids that exist; the rest of a padded head is masked.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        """Start with nothing recorded."""
+        self._vocab_size = vocab_size
+        self._pending: torch.Tensor | None = None
+        self._columns: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Note the token drawn from the last step's scores, and keep this step's."""
+        if self._pending is not None:
+            self._take(input_ids[:, -1])
+        scores[:, self._vocab_size :] = -torch.inf
+        self._pending = torch.log_softmax(scores.float(), dim=-1)
+        if torch.isnan(self._pending).any():
+            do = "Sample in float32 or bfloat16, or check the student's weights."
+            raise NumericsError("student", "finite logits", "NaN or infinite ones", do)
+        return scores
+
+    def finish(self, last: torch.Tensor) -> torch.Tensor:
+        """(B, T) logprobs of all drawn tokens, given the last column of them."""
+        self._take(last)
+        return torch.stack(self._columns, dim=1)
+
+    def _take(self, drawn: torch.Tensor) -> None:
+        assert self._pending is not None
+        self._columns.append(self._pending.gather(1, drawn[:, None]).squeeze(1))
+
+
+def stop_ids(files: ModelFiles, generation_config: GenerationConfig | None) -> list[int]:
+    """Stop tokens of a model, from its generation config, its config and its tokenizer."""
+    from transformers import AutoTokenizer
+
+    eos = getattr(generation_config, "eos_token_id", None)
+    found = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    own = AutoTokenizer.from_pretrained(files.folder).eos_token_id
+    return sorted({*found, *([] if own is None else [own])}) or [0]
