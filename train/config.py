@@ -1,0 +1,205 @@
+"""Settings of training and of `run`, and how any settings dataclass is filled from a YAML file.
+Needs no torch."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stillroom.cache.errors import ConfigError, MissingError
+from stillroom.cache.teacher import TeacherConfig
+from stillroom.replay.prompts import PromptsConfig
+from stillroom.replay.refresh import RefreshConfig
+from stillroom.replay.sampler import SamplerConfig
+from stillroom.replay.stream import ReplayConfig
+
+KINDS = ("forward", "reverse", "jsd")
+PRECISIONS = ("no", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How a student is trained on cached scores."""
+
+    kind: str = "forward"
+    """Objective: forward (KL(teacher, student)), reverse, or jsd (generalised Jensen-Shannon)."""
+    param: float | None = None
+    """For jsd: the teacher's weight beta, between 0 and 1, both excluded."""
+    epochs: float = 1.0
+    """Passes over the snapshot's rows; > 0. The number of steps is rounded up."""
+    learning_rate: float = 1e-5
+    """Peak learning rate; > 0."""
+    optimizer: str = "AdamW"
+    """Name of a class in torch.optim."""
+    weight_decay: float = 0.0
+    """Weight decay; >= 0."""
+    schedule: str = "constant_with_warmup"
+    """A transformers schedule: constant_with_warmup, linear, cosine, ..."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up; >= 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; > 0."""
+    mixed_precision: str = "no"
+    """no (float32) or bf16 (float32 weights, bfloat16 products)."""
+    device: str = "auto"
+    """auto (CUDA if there is one, else CPU) or cpu."""
+    checkpoint_every_steps: int = 0
+    """Steps between checkpoints; 0 writes none."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept; >= 1."""
+    drift_every_steps: int = 50
+    """Steps between records of drift; >= 1. The last step is always recorded."""
+    seed: int = 0
+    """Seed of everything random in training but the replay order."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    """How rows come to the trainer."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _check("train.kind", self.kind in KINDS, f"one of {KINDS}", self.kind)
+        if self.kind == "jsd":
+            valid = self.param is not None and 0 < self.param < 1
+            _check("train.param", valid, "beta between 0 and 1, both excluded", self.param)
+        else:
+            _check(
+                "train.param", self.param is None, f"nothing, as {self.kind} takes none", self.param
+            )
+        _check(
+            "train.mixed_precision",
+            self.mixed_precision in PRECISIONS,
+            f"one of {PRECISIONS}",
+            self.mixed_precision,
+        )
+        for name in ("epochs", "learning_rate", "max_grad_norm"):
+            _check(
+                f"train.{name}", getattr(self, name) > 0, "a number above 0", getattr(self, name)
+            )
+        for name in ("keep_checkpoints", "drift_every_steps"):
+            _check(f"train.{name}", getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        for name in ("weight_decay", "warmup_steps", "checkpoint_every_steps"):
+            _check(f"train.{name}", getattr(self, name) >= 0, "0 or more", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """The whole loop on one machine: roll out, score, replay and train, publish, refresh, in
+    rounds."""
+
+    root: str
+    """The cache: a folder."""
+    output: str
+    """Folder for summaries, logs, checkpoints and the held-out caches."""
+    student: str
+    """Initial student: folder of a Hugging Face model with its tokenizer, or a hub id."""
+    teacher: TeacherConfig
+    """The teacher."""
+    prompts: PromptsConfig
+    """Prompts that rollouts are sampled from."""
+    held_out: PromptsConfig
+    """Prompts that are only ever used to measure."""
+    rounds: int = 2
+    """Times to roll out, score, train and publish; >= 1."""
+    topk: int = 64
+    """K, teacher entries a position; 1 to the vocabulary."""
+    temperature: float = 1.0
+    """Divides the teacher's and the student's logits in scores and losses; > 0."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How rollouts are sampled."""
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
+    """How much is sampled each round."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How the student is trained each round."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _check("rounds", self.rounds >= 1, "at least 1", self.rounds)
+        _check("root", "://" not in self.root, "a folder; run works on one machine", self.root)
+        _check(
+            "output", Path(self.output) != Path(self.root), "another folder than root", self.output
+        )
+
+
+def load_yaml(cls: type[Any], path: str) -> Any:
+    """Fill a settings dataclass from a YAML file.
+
+    Raises:
+        MissingError: no such file.
+        ConfigError: not a mapping, an unknown key (the nearest one is named), a missing or unusable
+            value.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise MissingError(str(file), "a YAML file", "nothing", "Check the path.")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        cause = " ".join(str(error).split())
+        raise ConfigError(str(file), "YAML", cause, "Correct the file.") from error
+    return build_settings(cls, values, str(file))
+
+
+def build_settings(cls: type[Any], values: Any, where: str) -> Any:
+    """Make a settings dataclass from nested mappings.
+
+    Raises:
+        ConfigError: names the key and what it takes.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(
+            where, f"settings of {cls.__name__} as key: value", repr(values), "Correct it."
+        )
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, 1, 0.5)
+            do = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(fields)}."
+            raise ConfigError(
+                f"{where}, key {key!r}", f"a setting of {cls.__name__}", "an unknown key", do
+            )
+    for name, f in fields.items():
+        optional = (
+            f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        )
+        if name not in values and not optional:
+            raise ConfigError(
+                f"{where}, key {name!r}", "a value", "none", f"Add {name}: ... to the settings."
+            )
+    return cls(
+        **{
+            key: _convert(hints[key], value, f"{where}, key {key!r}")
+            for key, value in values.items()
+        }
+    )
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return build_settings(typing.cast(type[Any], hint), value, where)
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in allowed and isinstance(value, str):
+        value = _number(value)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if any(type(value) is kind for kind in allowed):
+        return value
+    names = " or ".join("nothing" if kind is types.NoneType else kind.__name__ for kind in allowed)
+    raise ConfigError(where, names, repr(value), "Correct the value.")
+
+
+def _number(text: str) -> float | str:
+    """YAML reads 2e-4 as text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _check(name: str, valid: bool, expected: str, got: object) -> None:
+    if not valid:
+        raise ConfigError(name, expected, repr(got), "Change the setting.")

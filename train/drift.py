@@ -1,0 +1,87 @@
+"""Drift: how far the student has moved from the policies that sampled what it trains on.
+
+With d = log s(y) - log b(y) on sampled tokens y (s the student now, b the behaviour policy) and r =
+exp(d):
+
+    k3  = mean(r - 1 - d), an unbiased estimate of KL(b, s), never negative ESS = (sum r)^2 / (n sum
+    r^2), the share of samples that importance weighting would leave; 1 without drift
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from stillroom.cache import jsonfile
+from stillroom.cache.storage import Storage
+
+MAX_LOG_RATIO = 20.0
+
+
+@dataclass(slots=True)
+class Sums:
+    """Sums over the sampled tokens of one policy version."""
+
+    n: int = 0
+    log_ratio: float = 0.0
+    ratio: float = 0.0
+    ratio_squared: float = 0.0
+
+    def add(self, log_ratio: np.ndarray) -> None:
+        """Add tokens' d, in nats."""
+        clipped = np.clip(log_ratio.astype(np.float64), -MAX_LOG_RATIO, MAX_LOG_RATIO)
+        ratio = np.exp(clipped)
+        self.n += len(clipped)
+        self.log_ratio += float(clipped.sum())
+        self.ratio += float(ratio.sum())
+        self.ratio_squared += float((ratio**2).sum())
+
+    def summary(self) -> dict[str, float]:
+        """k3 in nats, ESS in (0, 1], and n."""
+        return {
+            "positions": self.n,
+            "k3_nats": (self.ratio - self.log_ratio) / self.n - 1,
+            "ess": self.ratio**2 / (self.n * self.ratio_squared),
+        }
+
+
+@dataclass(slots=True)
+class DriftMeter:
+    """Drift by policy version, since the last record."""
+
+    policy_version: int
+    """The policy that is being trained from; lag is counted from it."""
+    by_policy: dict[int, Sums] = field(default_factory=dict)
+
+    def add(
+        self, student_logprob: np.ndarray, behaviour_logprob: np.ndarray, policy_version: np.ndarray
+    ) -> None:
+        """Add sampled tokens; those whose behaviour logprob is unknown are left out.
+
+        Args:
+            student_logprob: (P,) nats, at the temperature of the sampling.
+            behaviour_logprob: (P,) nats; NaN where unknown.
+            policy_version: (P,) int.
+        """
+        log_ratio = student_logprob - behaviour_logprob
+        for version in np.unique(policy_version):
+            chosen = log_ratio[(policy_version == version) & ~np.isnan(log_ratio)]
+            if len(chosen):
+                self.by_policy.setdefault(int(version), Sums()).add(chosen)
+
+    def take(self) -> dict[str, Any]:
+        """Summary by policy version, with its lag in policies; starts anew."""
+        out = {
+            str(version): {**sums.summary(), "lag": self.policy_version - version}
+            for version, sums in sorted(self.by_policy.items())
+        }
+        self.by_policy = {}
+        return out
+
+
+def put_drift(storage: Storage, run: str, step: int, drift: dict[str, Any]) -> None:
+    """Leave a record in the cache; a rerun of the same step leaves the first one."""
+    storage.put_new(
+        f"drift/{run}/{step:08d}.json",
+        jsonfile.dump({"run": run, "step": step, "by_policy": drift}),
+    )

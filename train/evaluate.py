@@ -1,0 +1,78 @@
+"""Held-out measurement: how far a student is from the teacher on scored text, without training on
+it."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from stillroom.cache.schema import SOURCES
+from stillroom.cache.snapshot import Snapshot
+from stillroom.cache.store import Cache
+from stillroom.replay.stream import ReplayConfig, ReplayStream
+from stillroom.train.objectives import divergence, student_bucket_logprob
+from stillroom.train.student import Student, to_target
+from stillroom.train.target import teacher_buckets
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Means over the positions of one source."""
+
+    positions: int
+    forward_kl_nats: float
+    """KL(teacher, student) over {top k, sampled token, tail}; at most the full-vocabulary KL."""
+    reverse_kl_nats: float
+    """KL(student, teacher) over the same buckets; at most the full-vocabulary KL."""
+    teacher_tail_mass: float
+    """Teacher's probability outside its top k and the sampled token."""
+    student_tail_mass: float
+    """Student's probability outside the same tokens."""
+
+
+@torch.no_grad()
+def evaluate(
+    student: Student, cache: Cache, snapshot: Snapshot, replay: ReplayConfig
+) -> dict[str, Measured]:
+    """Measure a student on every row of a snapshot, by the source of its text.
+
+    Args:
+        student: in any mode; put into eval mode here.
+        cache: the cache of held-out text.
+        snapshot: which shards.
+        replay: sizes of batches.
+
+    Returns:
+        For each source that occurs (student, teacher, ...) the means over its positions.
+    """
+    student.eval()
+    stream = ReplayStream(cache, snapshot, replay)
+    values, sources = [], []
+    for _ in range(stream.steps_per_epoch):
+        for micro in stream.next_batch().micro_batches:
+            assert micro is not None
+            logits = student(micro)
+            target = to_target(micro, logits.device)
+            temperature, vocab_size = cache.identity.temperature, cache.identity.vocab_size
+            forward, reverse = (
+                divergence(logits, target, kind, temperature=temperature, vocab_size=vocab_size)
+                for kind in ("forward", "reverse")
+            )
+            buckets = teacher_buckets(target, vocab_size)
+            scaled = logits[:, :vocab_size].float() / temperature
+            tail = student_bucket_logprob(scaled, buckets)[:, -1].exp()
+            teacher_tail = buckets.logprob[:, -1].exp().float()
+            values.append(torch.stack([forward, reverse, teacher_tail, tail], dim=1).cpu().numpy())
+            sources.append(micro.source)
+    value, source = np.concatenate(values).astype(np.float64), np.concatenate(sources)
+    return {
+        SOURCES[code]: Measured(
+            int((source == code).sum()), *map(float, value[source == code].mean(0))
+        )
+        for code in np.unique(source)
+    }
+
+
+def as_json(measured: dict[str, Measured]) -> dict[str, dict[str, float]]:
+    """Plain values."""
+    return {source: asdict(values) for source, values in measured.items()}

@@ -1,0 +1,237 @@
+"""The training loop: replayed batches in, a trained student out. No teacher anywhere.
+
+The loss of a step is the sum over its scored tokens, divided by their number in the whole global
+batch, which every rank knows before the first backward. So it depends neither on how rows fall into
+micro-batches nor on the number of ranks.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import get_scheduler
+
+from stillroom.cache.errors import ConfigError, NumericsError
+from stillroom.cache.fingerprint import ModelFiles
+from stillroom.cache.progress import Progress
+from stillroom.cache.snapshot import Snapshot
+from stillroom.cache.store import Cache
+from stillroom.replay.batch import Batch, MicroBatch
+from stillroom.replay.stream import ReplayStream
+from stillroom.train.checkpoint import (
+    Progressed,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from stillroom.train.config import TrainConfig
+from stillroom.train.drift import DriftMeter, put_drift
+from stillroom.train.objectives import divergence, sampled_logprob
+from stillroom.train.student import Student, load_student, to_target
+
+
+@dataclass(slots=True)
+class TrainReport:
+    """What a training run did."""
+
+    steps: int = 0
+    rows: int = 0
+    """Rows replayed by this process's job, all ranks, repeats counted."""
+    positions: int = 0
+    """Scored tokens replayed, repeats counted."""
+    losses: list[float] = field(default_factory=list)
+    """Mean loss of each step, nats a position."""
+    drift: dict[str, Any] = field(default_factory=dict)
+    """Drift since the record before the last, by policy version."""
+    train_s: float = 0.0
+    """Seconds in the loop."""
+
+
+class ReplayTrainer:
+    """Trains one student on one snapshot.
+
+    Args:
+        files: the student's inspected folder.
+        policy_version: which policy it is.
+        cache: the cache.
+        snapshot: which shards are replayed.
+        config: how.
+        output: folder for checkpoints and TensorBoard logs.
+        run: the run's name.
+    """
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        policy_version: int,
+        cache: Cache,
+        snapshot: Snapshot,
+        config: TrainConfig,
+        output: Path,
+        run: str,
+    ) -> None:
+        """Load the student and set up optimiser, schedule and stream."""
+        self._cache, self._config, self._run, self._output = cache, config, run, output
+        set_seed(config.seed)
+        self._accelerator = Accelerator(
+            cpu=config.device == "cpu",
+            mixed_precision=config.mixed_precision,
+            log_with="tensorboard",
+            project_dir=str(output / "tensorboard"),
+        )
+        self.student = load_student(files, "float32", self._accelerator.device).train()
+        self.stream = ReplayStream(
+            cache,
+            snapshot,
+            config.replay,
+            rank=self._accelerator.process_index,
+            world=self._accelerator.num_processes,
+        )
+        self.total_steps = max(1, math.ceil(config.epochs * self.stream.steps_per_epoch))
+        self._optimizer = _optimizer(self.student, config)
+        self._schedule = get_scheduler(
+            config.schedule, self._optimizer, config.warmup_steps, self.total_steps
+        )
+        self._wrapped = self._accelerator.prepare_model(self.student)
+        self._drift = DriftMeter(policy_version)
+        self._checkpoints = output / "checkpoints" / run
+        self.step = 0
+
+    def train(self) -> TrainReport:
+        """Train to the end, from the newest checkpoint if there is one.
+
+        Raises:
+            NumericsError: the loss is not finite.
+            CorruptError: cached bytes or the checkpoint are damaged.
+        """
+        report = TrainReport()
+        self._resume(report)
+        self._accelerator.init_trackers(self._run)
+        start = time.perf_counter()
+        with Progress(f"train {self._run}", self.total_steps, "steps") as progress:
+            progress.advance(self.step)
+            while self.step < self.total_steps:
+                self._take_step(self.stream.next_batch(), report)
+                progress.advance()
+        report.train_s = time.perf_counter() - start
+        report.steps = self.step
+        self._accelerator.end_training()
+        return report
+
+    def _take_step(self, batch: Batch, report: TrainReport) -> None:
+        loss = self._backward(batch)
+        norm = self._accelerator.clip_grad_norm_(
+            self.student.parameters(), self._config.max_grad_norm
+        )
+        if not math.isfinite(loss) or not math.isfinite(float(norm)):
+            got = f"loss {loss}, gradient norm {float(norm)}"
+            do = "Lower the learning rate; the weights before this step are unharmed."
+            raise NumericsError(
+                f"{self._run}, step {self.step}", "a finite loss and gradient", got, do
+            )
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+        self.step += 1
+        report.rows += len(batch.rows)
+        report.positions += batch.num_positions
+        report.losses.append(loss)
+        self._record(
+            report, {"loss_nats": loss, "gradient_norm": float(norm), "epoch": batch.epoch}
+        )
+
+    def _backward(self, batch: Batch) -> float:
+        """Accumulate the gradient of the step's mean loss; returns that loss over all ranks."""
+        total = torch.zeros((), device=self._accelerator.device)
+        last = len(batch.micro_batches) - 1
+        for i, micro in enumerate(batch.micro_batches):
+            if i < last:
+                with self._accelerator.no_sync(self._wrapped):
+                    total += self._backward_micro(micro, batch.num_positions)
+            else:
+                total += self._backward_micro(micro, batch.num_positions)
+        return float(self._accelerator.reduce(total, "sum"))
+
+    def _backward_micro(self, micro: MicroBatch | None, num_positions: int) -> torch.Tensor:
+        """Gradients are averaged over ranks, so each loss is multiplied by their number."""
+        loss = self._empty_loss() if micro is None else self._loss(micro) / num_positions
+        self._accelerator.backward(loss * self._accelerator.num_processes)
+        return loss.detach()
+
+    def _loss(self, micro: MicroBatch) -> torch.Tensor:
+        with self._accelerator.autocast():
+            logits = self._wrapped(micro)
+        identity = self._cache.identity
+        loss = divergence(
+            logits,
+            to_target(micro, logits.device),
+            self._config.kind,
+            self._config.param,
+            temperature=identity.temperature,
+            vocab_size=identity.vocab_size,
+        )
+        self._drift.add(*_behaviour(logits.detach(), micro, identity.vocab_size))
+        return loss.sum()
+
+    def _empty_loss(self) -> torch.Tensor:
+        return torch.stack([p.sum() * 0.0 for p in self.student.parameters()]).sum()
+
+    def _record(self, report: TrainReport, values: Mapping[str, float]) -> None:
+        due = self.step % self._config.drift_every_steps == 0 or self.step == self.total_steps
+        if due:
+            report.drift = self._drift.take()
+            if self._accelerator.is_main_process:
+                put_drift(self._cache.storage, self._run, self.step, report.drift)
+        self._accelerator.log(
+            {**values, "learning_rate": self._schedule.get_last_lr()[0]}, step=self.step
+        )
+        every = self._config.checkpoint_every_steps
+        if every and self.step % every == 0 and self.step < self.total_steps:
+            self._save(report)
+
+    def _save(self, report: TrainReport) -> None:
+        if self._accelerator.is_main_process:
+            progressed = Progressed(self.step, report.rows, report.positions, self.stream.state())
+            keep = self._config.keep_checkpoints
+            save_checkpoint(
+                self._checkpoints, progressed, self.student, self._optimizer, self._schedule, keep
+            )
+        self._accelerator.wait_for_everyone()
+
+    def _resume(self, report: TrainReport) -> None:
+        folder = newest_checkpoint(self._checkpoints)
+        if folder is not None:
+            progressed = load_checkpoint(folder, self.student, self._optimizer, self._schedule)
+            self.step = progressed.step
+            report.rows, report.positions = progressed.rows, progressed.positions
+            self.stream.restore(progressed.stream)
+            self._accelerator.print(f"  resumed from {folder}")
+
+
+def _behaviour(
+    logits: torch.Tensor, micro: MicroBatch, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The student's and the behaviour policy's logprobs of the sampled tokens, at the sampling
+    temperature."""
+    scaled = (
+        logits.float() / torch.from_numpy(micro.sampling_temperature).to(logits.device)[:, None]
+    )
+    sampled = torch.from_numpy(micro.sampled_id).to(logits.device)
+    student = sampled_logprob(scaled, sampled, vocab_size=vocab_size)
+    return student.cpu().numpy(), micro.behaviour_logprob, micro.policy_version
+
+
+def _optimizer(student: Student, config: TrainConfig) -> torch.optim.Optimizer:
+    cls: Any = getattr(torch.optim, config.optimizer, None)
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        do = "Name one such as AdamW, Adam or SGD."
+        raise ConfigError("train.optimizer", "a class in torch.optim", repr(config.optimizer), do)
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    return cls(student.parameters(), **settings)
