@@ -124,8 +124,13 @@ class RunConfig:
         )
 
 
-def load_yaml(cls: type[Any], path: str) -> Any:
+def load_yaml(cls: type[Any], path: str, *, absent: Any = None) -> Any:
     """Fill a settings dataclass from a YAML file.
+
+    Args:
+        cls: the dataclass.
+        path: the file.
+        absent: as in `build_settings`.
 
     Raises:
         MissingError: no such file.
@@ -140,11 +145,18 @@ def load_yaml(cls: type[Any], path: str) -> Any:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         cause = " ".join(str(error).split())
         raise ConfigError(str(file), "YAML", cause, "Correct the file.") from error
-    return build_settings(cls, values, str(file))
+    return build_settings(cls, values, str(file), absent=absent)
 
 
-def build_settings(cls: type[Any], values: Any, where: str) -> Any:
+def build_settings(cls: type[Any], values: Any, where: str, *, absent: Any = None) -> Any:
     """Make a settings dataclass from nested mappings.
+
+    Args:
+        cls: the dataclass.
+        values: its fields; a nested dataclass is a mapping.
+        where: names the mapping in messages.
+        absent: stands for required values that are not given, in settings that the caller
+            completes; ranges are not checked then. None refuses them.
 
     Raises:
         ConfigError: names the key and what it takes.
@@ -166,21 +178,37 @@ def build_settings(cls: type[Any], values: Any, where: str) -> Any:
         optional = (
             f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
         )
-        if name not in values and not optional:
+        if absent is None and name not in values and not optional:
             raise ConfigError(
                 f"{where}, key {name!r}", "a value", "none", f"Add {name}: ... to the settings."
             )
-    return cls(
-        **{
-            key: _convert(hints[key], value, f"{where}, key {key!r}")
-            for key, value in values.items()
-        }
-    )
+    converted = {
+        key: _convert(hints[key], value, f"{where}, key {key!r}", absent)
+        for key, value in values.items()
+    }
+    return cls(**converted) if absent is None else unfinished(cls, converted, absent)
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def unfinished(cls: type[Any], values: dict[str, Any], absent: Any) -> Any:
+    """Settings that nobody has checked yet, with `absent` where a required value is missing."""
+    made, hints = object.__new__(cls), typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if f.name in values:
+            value = values[f.name]
+        elif f.default is not dataclasses.MISSING:
+            value = f.default
+        elif f.default_factory is not dataclasses.MISSING:
+            value = f.default_factory()
+        else:
+            nested = dataclasses.is_dataclass(hints[f.name])
+            value = unfinished(hints[f.name], {}, absent) if nested else absent
+        object.__setattr__(made, f.name, value)
+    return made
+
+
+def _convert(hint: Any, value: Any, where: str, absent: Any) -> Any:
     if dataclasses.is_dataclass(hint):
-        return build_settings(typing.cast(type[Any], hint), value, where)
+        return build_settings(typing.cast(type[Any], hint), value, where, absent=absent)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in allowed and isinstance(value, str):
         value = _number(value)

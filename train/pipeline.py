@@ -92,8 +92,9 @@ class Pipeline:
 
     @property
     def name(self) -> str:
-        """Name of the run: a hash of its settings, however many rounds it has."""
-        return f"run-{jsonfile.digest(jsonfile.dump(self._settings()))[:8]}"
+        """A hash of the settings, wherever the run lies and however many rounds it has."""
+        settings = {k: v for k, v in self._settings().items() if k not in ("root", "output")}
+        return f"run-{jsonfile.digest(jsonfile.dump(settings))[:8]}"
 
     # The stages: each returns the objects that it left, and what it measured.
 

@@ -1,0 +1,86 @@
+"""Checkpoints: whole or refused, and only the newest are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stillroom.cache.errors import CorruptError, MissingError
+from stillroom.train.checkpoint import (
+    Progressed,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+
+Parts = tuple[torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
+
+
+def parts(seed: int) -> Parts:
+    """A model that took one step."""
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    schedule.step()
+    return model, optimizer, schedule
+
+
+def save(root: Path, step: int, keep: int = 2) -> Parts:
+    """Write one checkpoint."""
+    made = parts(step)
+    save_checkpoint(root, Progressed(step, 10, 100, {"first": 3}), *made, keep)
+    return made
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    """Model, optimiser, schedule, generator and progress come back."""
+    model, optimizer, schedule = save(tmp_path, 4)
+    generator = torch.get_rng_state()
+    folder = newest_checkpoint(tmp_path)
+    assert folder is not None
+    other, other_optimizer, other_schedule = parts(9)
+    progressed = load_checkpoint(folder, other, other_optimizer, other_schedule)
+    assert progressed == Progressed(4, 10, 100, {"first": 3})
+    assert torch.equal(other.weight, model.weight)
+    assert str(other_optimizer.state_dict()) == str(optimizer.state_dict())
+    assert other_schedule.state_dict() == schedule.state_dict()
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_newest_are_kept(tmp_path: Path) -> None:
+    """Older ones go; unfinished folders are not taken for checkpoints."""
+    for step in (1, 2, 10):
+        save(tmp_path, step)
+    (tmp_path / ".step-00000011.abc.tmp").mkdir()
+    assert [p.name for p in sorted(tmp_path.glob("step-*"))] == ["step-00000002", "step-00000010"]
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.name == "step-00000010"
+    assert newest_checkpoint(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "state.json", "complete.json"])
+@pytest.mark.parametrize("damage", ["remove", "truncate"])
+def test_half_written_is_refused(tmp_path: Path, name: str, damage: str) -> None:
+    """A missing or short file is an error that names the folder."""
+    save(tmp_path, 1)
+    folder = newest_checkpoint(tmp_path)
+    assert folder is not None
+    if damage == "remove":
+        (folder / name).unlink()
+    else:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(CorruptError, match="step-00000001|complete.json"):
+        load_checkpoint(folder, *parts(2))
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    """A path that is not there is said to be so."""
+    with pytest.raises(MissingError, match="checkpoint"):
+        load_checkpoint(tmp_path / "none", *parts(2))

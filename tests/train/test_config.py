@@ -1,0 +1,82 @@
+"""Settings from YAML: values arrive, and every mistake is named with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stillroom.cache.errors import ConfigError, MissingError
+from stillroom.train.config import RunConfig, TrainConfig, build_settings, load_yaml
+
+MINIMAL = """
+root: cache
+output: out
+student: s
+teacher: {model: t}
+prompts: {source: p.jsonl}
+held_out: {source: h.jsonl}
+"""
+
+
+def write(tmp_path: Path, text: str) -> str:
+    """A YAML file."""
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_values_and_defaults(tmp_path: Path) -> None:
+    """Nested values are taken, all else is the default; 2e-4 is a number though YAML says text."""
+    text = MINIMAL + "train: {learning_rate: 2e-4, epochs: 3, replay: {batch_rows: 8}}\n"
+    config: RunConfig = load_yaml(RunConfig, write(tmp_path, text))
+    assert config.train.learning_rate == 2e-4
+    assert config.train.epochs == 3.0
+    assert config.train.replay.batch_rows == 8
+    assert config.train.replay.seed == 0
+    assert config.teacher.model == "t"
+    assert config.rounds == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL + "tran: {}\n", "'tran'.*Did you mean 'train'"),
+        (MINIMAL + "train: {learning_rat: 1.0}\n", "'learning_rat'.*Did you mean 'learning_rate'"),
+        (MINIMAL + "zzzzzz: 1\n", "'zzzzzz'.*Known keys: root"),
+        (MINIMAL + "rounds: two\n", "'rounds'.*int.*'two'"),
+        (MINIMAL + "rounds: true\n", "'rounds'.*int.*True"),
+        (MINIMAL + "rounds: 1.5\n", "'rounds'.*int.*1.5"),
+        (MINIMAL + "rounds: 0\n", "rounds.*at least 1"),
+        (MINIMAL + "train: 3\n", "'train'.*key: value"),
+        (MINIMAL + "train: {kind: jsd}\n", "train.param.*beta"),
+        (MINIMAL + "train: {kind: jsd, param: 1.0}\n", "train.param.*beta"),
+        (MINIMAL + "train: {kind: sideways}\n", "train.kind.*one of"),
+        (MINIMAL + "train: {param: 0.5}\n", "train.param.*forward takes none"),
+        (MINIMAL + "train: {epochs: 0}\n", "train.epochs.*above 0"),
+        (MINIMAL + "sampler: {temperature: 0}\n", "sampler.temperature"),
+        (MINIMAL + "prompts: {source: p, column: body}\n", "prompts.column.*one of"),
+        (MINIMAL.replace("output: out", "output: cache"), "output.*another folder"),
+        (MINIMAL.replace("root: cache", "root: s3://bucket/x"), "root.*a folder"),
+        ("root: cache\n", "'output'.*a value.*Add output"),
+        ("- 1\n- 2\n", "key: value"),
+        ("a: [1\n", "YAML"),
+        ("", "key: value"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
+    """Unknown keys name the nearest known one; values name what they should be."""
+    with pytest.raises(ConfigError, match=message):
+        load_yaml(RunConfig, write(tmp_path, text))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    """A path that is not there is said to be so."""
+    with pytest.raises(MissingError, match=r"no\.yaml"):
+        load_yaml(RunConfig, str(tmp_path / "no.yaml"))
+
+
+def test_optional_takes_nothing_or_a_value() -> None:
+    """None and a value both fit an optional setting."""
+    assert build_settings(TrainConfig, {"param": None}, "x").param is None
+    assert build_settings(TrainConfig, {"kind": "jsd", "param": 0.1}, "x").param == 0.1

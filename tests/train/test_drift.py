@@ -1,0 +1,59 @@
+"""Drift estimates against their definitions, written out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stillroom.cache import jsonfile
+from stillroom.cache.storage import Storage
+from stillroom.train.drift import DriftMeter, put_drift
+
+
+def test_formulas() -> None:
+    """k3 and ESS equal the sums over tokens, policy by policy; unknown logprobs are left out."""
+    rng = np.random.default_rng(0)
+    behaviour = -rng.random(50).astype(np.float32)
+    student = behaviour + rng.normal(0, 0.3, 50).astype(np.float32)
+    version = np.repeat([3, 5], 25)
+    behaviour[4] = np.nan
+    meter = DriftMeter(policy_version=5)
+    for part in (slice(0, 10), slice(10, 50)):
+        meter.add(student[part], behaviour[part], version[part])
+    drift = meter.take()
+    for policy, lag, count in (("3", 2, 24), ("5", 0, 25)):
+        chosen = [
+            float(s) - float(b)
+            for s, b, v in zip(student, behaviour, version, strict=True)
+            if v == int(policy) and not math.isnan(b)
+        ]
+        ratio = [math.exp(d) for d in chosen]
+        k3 = sum(r - 1 - d for r, d in zip(ratio, chosen, strict=True)) / count
+        ess = sum(ratio) ** 2 / (count * sum(r * r for r in ratio))
+        assert drift[policy]["positions"] == count
+        assert drift[policy]["lag"] == lag
+        assert drift[policy]["k3_nats"] == pytest.approx(k3, abs=1e-6)
+        assert drift[policy]["ess"] == pytest.approx(ess, abs=1e-6)
+    assert meter.take() == {}
+
+
+def test_no_drift_and_extreme_drift() -> None:
+    """Equal policies give 0 and 1; absurd ratios stay finite."""
+    meter = DriftMeter(policy_version=0)
+    same = -np.ones(8, np.float32)
+    meter.add(same, same, np.zeros(8, int))
+    assert meter.take()["0"] == {"positions": 8, "k3_nats": 0.0, "ess": 1.0, "lag": 0}
+    meter.add(np.array([0.0]), np.array([-1e6]), np.array([0]))
+    assert math.isfinite(meter.take()["0"]["k3_nats"])
+
+
+def test_record_is_put_once(tmp_path: Path) -> None:
+    """The first record of a step stays."""
+    storage = Storage(tmp_path)
+    put_drift(storage, "run", 7, {"0": {"ess": 1.0}})
+    put_drift(storage, "run", 7, {"0": {"ess": 0.5}})
+    stored = jsonfile.load(storage.get("drift/run/00000007.json"), "x")
+    assert stored == {"run": "run", "step": 7, "by_policy": {"0": {"ess": 1.0}}}

@@ -1,0 +1,58 @@
+"""Held-out figures against dense distributions of both models, written out in NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stillroom.cache.causal_lm import load_causal_lm
+from stillroom.cache.fingerprint import inspect_model
+from stillroom.cache.store import Cache
+from stillroom.replay.stream import ReplayConfig
+from stillroom.train.evaluate import evaluate
+from stillroom.train.student import load_student
+
+
+def dense(folder: Path, ids: np.ndarray) -> np.ndarray:
+    """(T, V) float64 log probabilities of one sequence."""
+    model = load_causal_lm(inspect_model(str(folder)), "float32", torch.device("cpu"))
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0].double()
+    return torch.log_softmax(logits, -1).numpy()
+
+
+@pytest.mark.parametrize("topk", [8, 262])
+def test_means_over_positions(
+    tmp_path: Path, make_cache: Callable[..., Cache], teacher_dir: Path, student_dir: Path, topk: int
+) -> None:
+    """Forward and reverse KL and tail masses equal the sums over buckets of dense rows."""
+    cache = make_cache(tmp_path, rows=5, topk=topk)
+    snapshot = cache.snapshot()
+    student = load_student(inspect_model(str(student_dir)), "float32", torch.device("cpu"))
+    replay = ReplayConfig(batch_rows=2, max_tokens=64, block_rows=1, window_rows=1)
+    measured = evaluate(student, cache, snapshot, replay)["student"]
+    arrays = cache.shard(snapshot.commits[0]).all_rows()
+    rows = []
+    for i in range(5):
+        start, stop = arrays["sequence_start"][i : i + 2]
+        ids, first = arrays["token"][start:stop], int(arrays["prompt_length"][i])
+        t, s = dense(teacher_dir, ids), dense(student_dir, ids)
+        for at in range(first, len(ids)):
+            kept = set(np.argsort(-t[at - 1])[:topk].tolist()) | {int(ids[at])}
+            inside = np.isin(np.arange(262), list(kept))
+            p, q = np.exp(t[at - 1]), np.exp(s[at - 1])
+            tp, tq = p[~inside].sum(), q[~inside].sum()
+            p_b, q_b = [np.append(x[inside], tail) for x, tail in ((p, tp), (q, tq))]
+            if not (~inside).any():
+                p_b, q_b = p_b[:-1], q_b[:-1]
+            log_ratio = np.log(p_b) - np.log(q_b)
+            rows.append(((p_b * log_ratio).sum(), -(q_b * log_ratio).sum(), tp, tq))
+    assert measured.positions == len(rows) == snapshot.positions
+    found = (measured.forward_kl_nats, measured.reverse_kl_nats)
+    assert found == pytest.approx(tuple(np.mean(rows, 0)[:2]), rel=2e-3)
+    tails = (measured.teacher_tail_mass, measured.student_tail_mass)
+    assert tails == pytest.approx(tuple(np.mean(rows, 0)[2:]), rel=2e-3, abs=1e-9)

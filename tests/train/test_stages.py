@@ -1,0 +1,32 @@
+"""Stage records: work is done once, and again when what it left is gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stillroom.cache.storage import Storage
+from stillroom.train.stages import StageLog
+
+
+def test_work_is_done_once(tmp_path: Path) -> None:
+    """A finished stage is not run again, until an object that it left is missing."""
+    storage = Storage(tmp_path / "root")
+    calls: list[int] = []
+
+    def work() -> tuple[list[tuple[str, str]], dict[str, Any]]:
+        calls.append(1)
+        storage.put_new("rollouts/x", b"1")
+        return [(str(tmp_path / "root"), "rollouts/x")], {"rows": 3}
+
+    log = StageLog(tmp_path / "stages")
+    assert log.finished("a") is None
+    first = log.run("a", work)
+    second = StageLog(tmp_path / "stages").run("a", work)
+    assert first == second
+    assert second.values == {"rows": 3}
+    assert len(calls) == 1
+    (tmp_path / "root" / "rollouts" / "x").unlink()
+    assert log.finished("a") is None
+    log.run("a", work)
+    assert len(calls) == 2

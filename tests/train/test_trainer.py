@@ -1,0 +1,147 @@
+"""The loop: one normaliser however rows are split, resume to the bit, no step on bad numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from stillroom.cache.errors import ConfigError, NumericsError
+from stillroom.cache.fingerprint import inspect_model
+from stillroom.cache.store import Cache
+from stillroom.replay.stream import ReplayConfig
+from stillroom.train.config import TrainConfig
+from stillroom.train.trainer import ReplayTrainer
+
+REPLAY = ReplayConfig(batch_rows=6, max_tokens=64, block_rows=2, window_rows=4)
+CONFIG = TrainConfig(
+    device="cpu", learning_rate=1e-2, epochs=3, drift_every_steps=2, schedule="cosine", replay=REPLAY
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, make_cache: Callable[..., Cache]) -> Cache:
+    """Twelve scored rollouts."""
+    return make_cache(tmp_path_factory.mktemp("cache"))
+
+
+def trainer(
+    cache: Cache, student_dir: Path, output: Path, config: TrainConfig = CONFIG, run: str = "r"
+) -> ReplayTrainer:
+    """A trainer of the tiny student."""
+    files = inspect_model(str(student_dir))
+    return ReplayTrainer(files, 0, cache, cache.snapshot(), config, output, run)
+
+
+def gradient(made: ReplayTrainer, steps: int = 1) -> tuple[list[float], torch.Tensor]:
+    """Losses of steps in float64 and the summed gradient, without an optimiser step."""
+    made.student.double()
+    losses = [made._backward(made.stream.next_batch()) for _ in range(steps)]
+    grads = [p.grad.flatten() for p in made.student.parameters() if p.grad is not None]
+    return losses, torch.cat(grads)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_split_into_micro_batches_does_not_matter(
+    cache: Cache, student_dir: Path, tmp_path: Path, kind: str
+) -> None:
+    """One micro-batch of six rows, and one row each, give the same loss and gradient."""
+    param = 0.3 if kind == "jsd" else None
+    found = []
+    for max_tokens in (4096, 64, 30):
+        replay = replace(REPLAY, max_tokens=max_tokens)
+        config = replace(CONFIG, kind=kind, param=param, replay=replay)
+        made = trainer(cache, student_dir, tmp_path, config)
+        found.append((gradient(made, 2), made))
+    sizes = [
+        len(made.stream._batch(0, 0).micro_batches) for _, made in found
+    ]
+    assert sizes[0] == 1
+    assert sizes[2] > sizes[1] > 1
+    (losses, grad), _ = found[0]
+    for (other_losses, other_grad), _ in found[1:]:
+        assert other_losses == pytest.approx(losses, abs=1e-12)
+        assert (other_grad - grad).abs().max() < 1e-12
+
+
+def test_loss_is_the_mean_over_all_positions(
+    cache: Cache, student_dir: Path, tmp_path: Path
+) -> None:
+    """A step's loss is the sum over its positions divided by their number."""
+    from stillroom.train.objectives import divergence
+    from stillroom.train.student import to_target
+
+    made = trainer(cache, student_dir, tmp_path)
+    batch = made.stream.next_batch()
+    values = [
+        divergence(made.student(m), to_target(m, torch.device("cpu"))).detach()
+        for m in batch.micro_batches
+        if m is not None
+    ]
+    assert made._backward(batch) == pytest.approx(float(torch.cat(values).mean()), rel=1e-5)
+    assert len(torch.cat(values)) == batch.num_positions
+
+
+def test_loss_falls_and_drift_grows(cache: Cache, student_dir: Path, tmp_path: Path) -> None:
+    """Training lowers the loss on what it replays, and leaves drift records in the cache."""
+    made = trainer(cache, student_dir, tmp_path, replace(CONFIG, epochs=8), run="falls")
+    report = made.train()
+    assert report.steps == 16
+    assert report.rows == 96
+    assert report.positions == 8 * cache.snapshot().positions
+    assert report.losses[-1] < 0.8 * report.losses[0]
+    assert report.drift["0"]["lag"] == 0
+    assert len(cache.storage.list("drift/falls")) == 8
+    assert (tmp_path / "tensorboard" / "falls").is_dir()
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4])
+def test_resume_continues_to_the_bit(
+    cache: Cache, student_dir: Path, tmp_path: Path, stop_at: int
+) -> None:
+    """A run that stopped after a checkpoint ends with the weights of one that did not."""
+    config = replace(CONFIG, checkpoint_every_steps=1)
+    whole = trainer(cache, student_dir, tmp_path / "whole", config)
+    whole_report = whole.train()
+    stopped = trainer(cache, student_dir, tmp_path / "stopped", config)
+    real_step = stopped._take_step
+
+    def step_or_stop(batch: object, report: object) -> None:
+        if stopped.step == stop_at:
+            raise KeyboardInterrupt
+        real_step(batch, report)  # type: ignore[arg-type]
+
+    stopped._take_step = step_or_stop  # type: ignore[method-assign,assignment]
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    resumed = trainer(cache, student_dir, tmp_path / "stopped", config)
+    report = resumed.train()
+    assert report.steps == whole_report.steps == 6
+    assert report.positions == whole_report.positions
+    assert report.losses == whole_report.losses[stop_at:]
+    for mine, theirs in zip(resumed.student.parameters(), whole.student.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_bad_loss_stops_before_the_step(
+    cache: Cache, student_dir: Path, tmp_path: Path
+) -> None:
+    """A loss that is not finite is an error, and the weights stay as they were."""
+    made = trainer(cache, student_dir, tmp_path)
+    with torch.no_grad():
+        made.student.model.model.norm.weight[0] = float("nan")
+    before = [p.detach().clone() for p in made.student.parameters()]
+    with pytest.raises(NumericsError, match="finite loss"):
+        made.train()
+    for mine, theirs in zip(made.student.parameters(), before, strict=True):
+        assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
+
+
+def test_unknown_optimizer(cache: Cache, student_dir: Path, tmp_path: Path) -> None:
+    """A name that torch does not have is refused."""
+    for name in ("Adagrid", "lr_scheduler"):
+        with pytest.raises(ConfigError, match=r"torch\.optim"):
+            trainer(cache, student_dir, tmp_path, replace(CONFIG, optimizer=name))
