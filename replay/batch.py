@@ -104,5 +104,27 @@ def collate(rows: Sequence[Row]) -> MicroBatch:
     )
 
 
+def idle_micro_batch() -> MicroBatch:
+    """One token and nothing scored but a dummy: for a rank that must only keep step."""
+    zero, none = np.zeros(1, np.int64), np.zeros((1, 0))
+    nan = np.full(1, np.nan, np.float32)
+    return MicroBatch(
+        token=zero,
+        position_id=zero,
+        row_start=np.array([0, 1], np.int32),
+        predict_index=zero,
+        sampled_id=zero,
+        topk_id=none.astype(np.int64),
+        topk_logprob=none.astype(np.float32),
+        tail_logprob=nan,
+        sampled_logprob=nan,
+        behaviour_logprob=nan,
+        policy_version=zero,
+        sampling_temperature=np.ones(1, np.float32),
+        source=zero,
+        row=zero,
+    )
+
+
 def _joined(rows: Sequence[Row], name: str, dtype: type) -> np.ndarray:
     return np.concatenate([row.arrays[name] for row in rows]).astype(dtype)

@@ -9,9 +9,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+import pyarrow as pa
 import pytest
+
+if TYPE_CHECKING:
+    from stillroom.cache.store import Cache
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -41,7 +48,9 @@ def save_tokenizer(folder: Path) -> None:
 VOCAB = 256 + 2 + len(SPECIALS)
 
 
-def save_llama(folder: Path, seed: int, *, scale: float = 0.3, width: int = VOCAB, layers: int = 2) -> Path:
+def save_llama(
+    folder: Path, seed: int, *, scale: float = 0.3, width: int = VOCAB, layers: int = 2
+) -> Path:
     """A random Llama of a few thousand weights, with its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -86,6 +95,69 @@ def student_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve short prompts."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    rows = [{"prompt_name": f"p{i}", "prompt": f"count {i}: abc " + "x" * (i % 4)} for i in range(12)]
+    rows = [
+        {"prompt_name": f"p{i}", "prompt": f"count {i}: abc " + "x" * (i % 4)} for i in range(12)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="session")
+def make_cache(teacher_dir: Path) -> Callable[..., Cache]:
+    """Makes a cache at a root: random token ids as rollouts of policy 0, scored by the teacher."""
+
+    def make(root: Path, **sizes: int) -> Cache:
+        return _make_cache(root, teacher_dir, **sizes)
+
+    return make
+
+
+def _make_cache(
+    root: Path, teacher_dir: Path, *, rows: int = 12, topk: int = 8, seed: int = 0
+) -> Cache:
+    from stillroom.cache.fingerprint import inspect_model
+    from stillroom.cache.part import PartMeta, prompt_id, rollout_id
+    from stillroom.cache.schema import PART_SCHEMA
+    from stillroom.cache.score import score
+    from stillroom.cache.store import Cache
+    from stillroom.cache.teacher import TeacherConfig, identity_of
+    from stillroom.cache.transformers_teacher import TransformersTeacher
+
+    config = TeacherConfig(model=str(teacher_dir), device="cpu")
+    files = inspect_model(config.model)
+    cache = Cache.create(root, identity_of(files, config, topk, 1.0))
+    rng = np.random.default_rng(seed)
+    unit = f"{seed:016x}"
+    records = []
+    for i in range(rows):
+        prompt = rng.integers(0, 250, rng.integers(1, 8)).astype(np.uint32)
+        completion = rng.integers(0, 250, rng.integers(2, 20)).astype(np.uint32)
+        records.append(
+            {
+                "rollout_id": rollout_id(unit, i),
+                "prompt_id": prompt_id(prompt),
+                "prompt_name": None,
+                "group": i,
+                "sample_index": 0,
+                "prompt": prompt,
+                "completion": completion,
+                "scored": None,
+                "behaviour_logprob": np.full(len(completion), -3.0, np.float32),
+                "teacher_prompt": None,
+                "finish_reason": "length",
+                "source": "student",
+                "policy_version_min": 0,
+                "policy_version_max": 0,
+                "ends_with_stop": False,
+            }
+        )
+    meta = PartMeta(
+        policy_version=0,
+        unit=unit,
+        tokenizer_fingerprint=files.tokenizer_fingerprint,
+        vocab_size=files.vocab_size,
+        sampler={"temperature": 1.0},
+    )
+    cache.add_part(pa.Table.from_pylist(records, PART_SCHEMA), meta)
+    score(cache, TransformersTeacher(files, config))
+    return cache

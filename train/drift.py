@@ -7,7 +7,8 @@ exp(d):
     r^2), the share of samples that importance weighting would leave; 1 without drift
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,15 @@ class DriftMeter:
             chosen = log_ratio[(policy_version == version) & ~np.isnan(log_ratio)]
             if len(chosen):
                 self.by_policy.setdefault(int(version), Sums()).add(chosen)
+
+    def merge(self, by_rank: Sequence[Mapping[int, Sums]]) -> None:
+        """Replace the sums by those of all ranks together."""
+        total: dict[int, Sums] = {}
+        for version, sums in (item for part in by_rank for item in part.items()):
+            have = total.get(version, Sums())
+            pairs = ((getattr(have, f.name), getattr(sums, f.name)) for f in fields(Sums))
+            total[version] = Sums(*(mine + theirs for mine, theirs in pairs))
+        self.by_policy = total
 
     def take(self) -> dict[str, Any]:
         """Summary by policy version, with its lag in policies; starts anew."""

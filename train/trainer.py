@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from transformers import get_scheduler
 
 from stillroom.cache.errors import ConfigError, NumericsError
@@ -23,7 +23,7 @@ from stillroom.cache.fingerprint import ModelFiles
 from stillroom.cache.progress import Progress
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
-from stillroom.replay.batch import Batch, MicroBatch
+from stillroom.replay.batch import Batch, MicroBatch, idle_micro_batch
 from stillroom.replay.stream import ReplayStream
 from stillroom.train.checkpoint import (
     Progressed,
@@ -122,7 +122,9 @@ class ReplayTrainer:
                 progress.advance()
         report.train_s = time.perf_counter() - start
         report.steps = self.step
-        self._accelerator.end_training()
+        # end_training() would take the process group down too, which is not ours to end.
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
         return report
 
     def _take_step(self, batch: Batch, report: TrainReport) -> None:
@@ -161,7 +163,7 @@ class ReplayTrainer:
 
     def _backward_micro(self, micro: MicroBatch | None, num_positions: int) -> torch.Tensor:
         """Gradients are averaged over ranks, so each loss is multiplied by their number."""
-        loss = self._empty_loss() if micro is None else self._loss(micro) / num_positions
+        loss = self._idle_loss() if micro is None else self._loss(micro) / num_positions
         self._accelerator.backward(loss * self._accelerator.num_processes)
         return loss.detach()
 
@@ -180,12 +182,15 @@ class ReplayTrainer:
         self._drift.add(*_behaviour(logits.detach(), micro, identity.vocab_size))
         return loss.sum()
 
-    def _empty_loss(self) -> torch.Tensor:
-        return torch.stack([p.sum() * 0.0 for p in self.student.parameters()]).sum()
+    def _idle_loss(self) -> torch.Tensor:
+        """Zero, through the wrapped forward, so that this rank meets the others' all-reduce."""
+        loss: torch.Tensor = self._wrapped(idle_micro_batch()).sum() * 0.0
+        return loss
 
     def _record(self, report: TrainReport, values: Mapping[str, float]) -> None:
         due = self.step % self._config.drift_every_steps == 0 or self.step == self.total_steps
         if due:
+            self._drift.merge(gather_object([self._drift.by_policy]))
             report.drift = self._drift.take()
             if self._accelerator.is_main_process:
                 put_drift(self._cache.storage, self._run, self.step, report.drift)

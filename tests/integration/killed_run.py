@@ -56,9 +56,9 @@ def arm(point: dict[str, Any]) -> None:
             ReplayTrainer._take_step, {**point, "match": ""}, 0
         )
     elif point["call"] == "folder":
-        publish.write_folder = deadly(durable.write_folder, point, 0)
+        vars(publish)["write_folder"] = deadly(durable.write_folder, point, 0)
     else:
-        stages.write_file = deadly(durable.write_file, point, 0)
+        vars(stages)["write_file"] = deadly(durable.write_file, point, 0)
 
 
 def child(request: dict[str, Any]) -> None:

@@ -64,7 +64,9 @@ class Runner:
         """Run once; returns the signal that ended it, 0 for a run that finished."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(json.dumps({"settings": settings, "point": point}), file=self._process.stdin, flush=True)
+        print(
+            json.dumps({"settings": settings, "point": point}), file=self._process.stdin, flush=True
+        )
         answer = json.loads(self._process.stdout.readline())
         log = Path(settings["output"]).with_suffix(".log").read_text()
         assert answer["signal"] or not answer["status"], log[-3000:]

@@ -96,7 +96,7 @@ def test_other_settings_are_refused(finished: tuple[dict[str, Any], dict[str, An
     train = {**settings["train"], "learning_rate": 0.5}
     with pytest.raises(ConfigError, match=r"run\.json.*settings of the run"):
         pipeline({**settings, "train": train})
-    with pytest.raises(MismatchError, match="topk = 16.*topk = 8"):
+    with pytest.raises(MismatchError, match=r"topk = 16.*topk = 8"):
         pipeline({**settings, "topk": 8, "output": settings["output"] + "2"})
 
 

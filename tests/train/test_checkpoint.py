@@ -15,7 +15,7 @@ from stillroom.train.checkpoint import (
     save_checkpoint,
 )
 
-Parts = tuple[torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
+Parts = tuple[torch.nn.Linear, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
 
 
 def parts(seed: int) -> Parts:
@@ -64,7 +64,9 @@ def test_newest_are_kept(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "none") is None
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "state.json", "complete.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "training.pt", "state.json", "complete.json"]
+)
 @pytest.mark.parametrize("damage", ["remove", "truncate"])
 def test_half_written_is_refused(tmp_path: Path, name: str, damage: str) -> None:
     """A missing or short file is an error that names the folder."""
@@ -76,7 +78,7 @@ def test_half_written_is_refused(tmp_path: Path, name: str, damage: str) -> None
     else:
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[: len(data) // 2])
-    with pytest.raises(CorruptError, match="step-00000001|complete.json"):
+    with pytest.raises(CorruptError, match=r"step-00000001|complete\.json"):
         load_checkpoint(folder, *parts(2))
 
 

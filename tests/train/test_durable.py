@@ -47,7 +47,12 @@ def test_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monkey
     """The old content stays until the new one is on disk."""
     synced: list[int] = []
     real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(fd), real(fd))[1])
+
+    def counted(handle: int) -> None:
+        synced.append(handle)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", counted)
     write_file(tmp_path / "f", b"one")
     write_file(tmp_path / "f", b"two")
     assert (tmp_path / "f").read_bytes() == b"two"

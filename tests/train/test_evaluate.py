@@ -27,7 +27,11 @@ def dense(folder: Path, ids: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("topk", [8, 262])
 def test_means_over_positions(
-    tmp_path: Path, make_cache: Callable[..., Cache], teacher_dir: Path, student_dir: Path, topk: int
+    tmp_path: Path,
+    make_cache: Callable[..., Cache],
+    teacher_dir: Path,
+    student_dir: Path,
+    topk: int,
 ) -> None:
     """Forward and reverse KL and tail masses equal the sums over buckets of dense rows."""
     cache = make_cache(tmp_path, rows=5, topk=topk)

@@ -41,7 +41,7 @@ def test_another_run_is_refused(student_dir: Path, tmp_path: Path) -> None:
     first = publish(storage, student, files, version=1, run="a", step=1)
     with torch.no_grad():
         student.model.model.norm.weight.add_(0.5)
-    with pytest.raises(MismatchError, match="policy 1.*of a"):
+    with pytest.raises(MismatchError, match=r"policy 1.*of a"):
         publish(storage, student, files, version=1, run="b", step=1)
     assert open_policy(storage, 1).fingerprint == first.fingerprint
 

@@ -18,7 +18,12 @@ from stillroom.train.trainer import ReplayTrainer
 
 REPLAY = ReplayConfig(batch_rows=6, max_tokens=64, block_rows=2, window_rows=4)
 CONFIG = TrainConfig(
-    device="cpu", learning_rate=1e-2, epochs=3, drift_every_steps=2, schedule="cosine", replay=REPLAY
+    device="cpu",
+    learning_rate=1e-2,
+    epochs=3,
+    drift_every_steps=2,
+    schedule="cosine",
+    replay=REPLAY,
 )
 
 
@@ -56,9 +61,7 @@ def test_split_into_micro_batches_does_not_matter(
         config = replace(CONFIG, kind=kind, param=param, replay=replay)
         made = trainer(cache, student_dir, tmp_path, config)
         found.append((gradient(made, 2), made))
-    sizes = [
-        len(made.stream._batch(0, 0).micro_batches) for _, made in found
-    ]
+    sizes = [len(made.stream._batch(0, 0).micro_batches) for _, made in found]
     assert sizes[0] == 1
     assert sizes[2] > sizes[1] > 1
     (losses, grad), _ = found[0]
@@ -114,7 +117,7 @@ def test_resume_continues_to_the_bit(
             raise KeyboardInterrupt
         real_step(batch, report)  # type: ignore[arg-type]
 
-    stopped._take_step = step_or_stop  # type: ignore[method-assign,assignment]
+    stopped._take_step = step_or_stop  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
     resumed = trainer(cache, student_dir, tmp_path / "stopped", config)
@@ -126,9 +129,7 @@ def test_resume_continues_to_the_bit(
         assert torch.equal(mine, theirs)
 
 
-def test_bad_loss_stops_before_the_step(
-    cache: Cache, student_dir: Path, tmp_path: Path
-) -> None:
+def test_bad_loss_stops_before_the_step(cache: Cache, student_dir: Path, tmp_path: Path) -> None:
     """A loss that is not finite is an error, and the weights stay as they were."""
     made = trainer(cache, student_dir, tmp_path)
     with torch.no_grad():
