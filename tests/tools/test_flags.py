@@ -1,0 +1,100 @@
+"""Settings from a file and from flags: flags win, and either may hold what is required."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillroom.cache.errors import ConfigError, MissingError
+from stillroom.tools.flags import parse_flags, parse_with_file
+from stillroom.tools.jobs import RolloutJob, ScoreJob, TrainJob
+from stillroom.tools.looks import Show
+from stillroom.train.config import TrainConfig
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """Writes a YAML file; returns its path."""
+
+    def write_text(text: str) -> str:
+        path = tmp_path / "job.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write_text
+
+
+def test_flags_win_over_the_file(write: Any) -> None:
+    path = write("root: r\noutput: o\nrun: a\ntrain:\n  epochs: 3\n  learning_rate: 2e-4\n")
+    job = parse_with_file(TrainJob, [path, "--run", "b", "--train.epochs", "0.5"], "p")
+    train = TrainConfig(epochs=0.5, learning_rate=2e-4)
+    assert job == TrainJob(root="r", output="o", run="b", train=train)
+
+
+def test_either_may_hold_what_is_required(write: Any) -> None:
+    path = write("prompts: {source: p.jsonl}\nsampler: {top_p: 0.5}\n")
+    job = parse_with_file(RolloutJob, [path, "--root", "r"], "p")
+    assert (job.root, job.prompts.source, job.sampler.top_p) == ("r", "p.jsonl", 0.5)
+    assert (
+        parse_with_file(RolloutJob, ["--root", "r", "--prompts.source", "p.jsonl"], "p").root == "r"
+    )
+
+
+def test_ranges_are_checked_once_file_and_flags_are_together(write: Any) -> None:
+    path = write("root: r\noutput: o\nrun: a\ntrain: {kind: jsd}\n")
+    assert parse_with_file(TrainJob, [path, "--train.param", "0.5"], "p").train.param == 0.5
+    with pytest.raises(ConfigError, match=r"train\.param: expected beta"):
+        parse_with_file(TrainJob, [path], "p")
+
+
+def test_null_and_true_in_a_file(write: Any) -> None:
+    path = write("root: r\nteacher: {model: t, revision: null}\naccept_numerics: true\n")
+    job = parse_with_file(ScoreJob, [path], "p")
+    assert (job.teacher.revision, job.accept_numerics, job.topk) == (None, True, None)
+    assert not parse_with_file(ScoreJob, [path, "--no-accept-numerics"], "p").accept_numerics
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rooot: r", "Did you mean 'root'"),
+        ("teacher: {modell: t}", "Did you mean 'model'"),
+        ("root: 3", "expected str; got 3"),
+        ("teacher: t", "settings of TeacherConfig"),
+        ("- root", "settings of ScoreJob"),
+        ("root: [", "expected YAML"),
+        ("", "settings of ScoreJob"),
+    ],
+)
+def test_files_that_cannot_be_used(text: str, message: str, write: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_with_file(ScoreJob, [write(text), "--root", "r", "--teacher.model", "t"], "p")
+    assert message in str(caught.value)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(MissingError):
+        parse_with_file(ScoreJob, ["nowhere.yaml"], "p")
+
+
+def test_missing_required_setting_exits_2_and_names_it(
+    write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_with_file(ScoreJob, [write("root: r")], "stillroom score")
+    assert stop.value.code == 2
+    assert "--teacher.model" in capsys.readouterr().err
+
+
+def test_refused_values_are_raised_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=r"run: expected letters.*got 'a b'"):
+        parse_with_file(TrainJob, ["--root", "r", "--output", "o", "--run", "a b"], "p")
+    nested = ["--root", "r", "--teacher.model", "t", "--teacher.dtype", "int8"]
+    with pytest.raises(ConfigError, match=r"teacher\.dtype: expected one of"):
+        parse_with_file(ScoreJob, nested, "p")
+    assert capsys.readouterr().err == ""
+
+
+def test_positions_of_a_looking_command() -> None:
+    assert parse_flags(Show, ["r", "--row", "2"], "p") == Show(root="r", row=2)
+    assert parse_flags(Show, ["r", "v0", "--json"], "p") == Show(root="r", part="v0", json=True)

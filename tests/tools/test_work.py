@@ -1,0 +1,124 @@
+"""The jobs one after another on tiny models, each run twice: nothing is done twice."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillroom.cache.store import Cache
+from stillroom.replay.policies import policy_versions
+from stillroom.train.config import RunConfig
+
+pytestmark = pytest.mark.usefixtures("quiet_jobs")
+
+
+@pytest.fixture
+def flags(tmp_path: Path, teacher_dir: Path, student_dir: Path, prompts_file: Path) -> Any:
+    """Flags of every job on one root."""
+    root = ["--root", tmp_path / "cache"]
+    teacher = ["--teacher.model", teacher_dir, "--teacher.device", "cpu"]
+    sample = ["--prompts.source", prompts_file, "--sampler.max-new-tokens", 5]
+    sample += ["--sampler.device", "cpu", "--refresh.prompts-per-cycle", 6]
+    sample += ["--refresh.unit-rollouts", 4, "--refresh.max-lag", 0]
+    train = ["--output", tmp_path / "out", "--run", "tiny", "--train.device", "cpu"]
+    train += ["--train.replay.batch-rows", 4]
+    return {
+        "init": [*root, *teacher, "--topk", 8],
+        "rollout": [*root, *sample],
+        "refresh": [*root, *sample],
+        "score": [*root, *teacher],
+        "train": [*root, *train],
+        "first": ["--student", student_dir],
+    }
+
+
+def test_jobs_one_after_another(
+    flags: Any, tmp_path: Path, student_dir: Path, run: Any, tree: Any
+) -> None:
+    root = tmp_path / "cache"
+
+    def done(command: str, *more: object) -> str:
+        ran = run(command, *flags[command], *more)
+        assert ran.status == 0, ran.err
+        return str(ran.out)
+
+    assert "top 8 of 262 tokens" in done("init")
+    out = done("rollout", *flags["first"])
+    assert "6 of 12 are planned for policy 0" in out
+    assert "2 of 2 parts added, 6 rollouts" in out
+    assert "2 parts," in done("score")
+
+    before = tree(root)
+    assert "was there" in done("init", *flags["first"])
+    assert "0 of 2 parts added" in done("rollout")
+    assert "nothing to do, 2 parts are scored" in done("score")
+    assert tree(root) == before
+
+    out = done("train")
+    assert "2 steps, 6 rollouts" in out
+    assert "policy 0 -> 1, policies/v000001-tiny" in out
+    assert policy_versions(Cache.open(root).storage) == [0, 1]
+    assert (tmp_path / "out" / "tiny-000000.json").is_file()
+
+    out = done("refresh")
+    assert "2 parts retired" in out
+    assert "2 of 2 parts added" in out
+    before = tree(root)
+    assert "0 parts retired" in done("refresh")
+    assert tree(root) == before
+    done("score")
+
+    cache = Cache.open(root)
+    assert {commit.policy_version for commit in cache.snapshot().commits} == {1}
+    assert sorted(part[:7] for part in cache.commits()) == ["v000000"] * 2 + ["v000001"] * 2
+    assert run("verify", root).status == 0
+    assert len(run("status", root, "--json").json()["policies"]) == 2
+
+
+def test_teacher_may_lie_elsewhere(
+    flags: Any, teacher_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("init", *flags["init"]).status == 0
+    monkeypatch.chdir(teacher_dir.parent)
+    assert run("score", *flags["score"][:2], "--teacher.model", f"./{teacher_dir.name}").status == 0
+    relative = ["--teacher.model", f"./{teacher_dir.name}", "--topk", 8]
+    assert run("init", *flags["init"][:2], *relative).status == 0
+
+
+def test_settings_of_a_stored_plan_hold(flags: Any, tmp_path: Path, run: Any, tree: Any) -> None:
+    assert run("init", *flags["init"], *flags["first"]).status == 0
+    assert run("rollout", *flags["rollout"]).status == 0
+    before = tree(tmp_path / "cache")
+    changes: list[tuple[str, float]] = [("--sampler.temperature", 0.5), ("--refresh.seed", 1)]
+    for change in changes:
+        for command in ("rollout", "refresh"):
+            ran = run(command, *flags[command], *change)
+            assert ran.status == 2
+            assert change[0].split(".")[1] in ran.err
+    assert tree(tmp_path / "cache") == before
+
+
+def test_run_hands_its_settings_to_the_pipeline(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FakePipeline:
+        def __init__(self, config: RunConfig) -> None:
+            seen.append(config)
+
+        def run(self) -> None:
+            seen.append("run")
+
+    seen: list[Any] = []
+    monkeypatch.setattr("stillroom.train.pipeline.Pipeline", FakePipeline)
+    models = ["--student", "s", "--teacher.model", "t"]
+    prompts = ["--prompts.source", "p", "--held-out.source", "h"]
+    assert run("run", "--root", "r", "--output", "o", *models, *prompts, "--rounds", 3).status == 0
+    assert (seen[0].rounds, seen[0].held_out.source, seen[1]) == (3, "h", "run")
+
+
+def test_yaml_file_of_a_job(flags: Any, tmp_path: Path, teacher_dir: Path, run: Any) -> None:
+    path = tmp_path / "init.yaml"
+    path.write_text(f"root: {tmp_path / 'other'}\nteacher:\n  model: {teacher_dir}\ntopk: 4\n")
+    assert "top 3 of" in run("init", path, "--topk", 3).out
+    ran = run("init", path)
+    assert ran.status == 2
+    assert "topk = 3" in ran.err
+    assert "topk = 4" in ran.err

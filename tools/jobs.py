@@ -1,0 +1,100 @@
+"""The settings of each job, filled by a YAML file and flags. `run` has `train.config.RunConfig`."""
+
+import re
+from dataclasses import dataclass, field
+
+from stillroom.cache.errors import ConfigError
+from stillroom.cache.teacher import TeacherConfig
+from stillroom.replay.prompts import PromptsConfig
+from stillroom.replay.refresh import RefreshConfig
+from stillroom.replay.sampler import SamplerConfig
+from stillroom.train.config import TrainConfig
+
+RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitJob:
+    """Make a cache for one teacher; with a student, check that it fits and make it policy 0."""
+
+    root: str
+    """The cache to make: a folder, or an address such as s3://bucket/prefix."""
+    teacher: TeacherConfig
+    """The teacher."""
+    student: str | None = None
+    """Initial student: folder of a Hugging Face model with its tokenizer, or a hub id; None leaves
+    it to the first rollout."""
+    topk: int = 64
+    """K, teacher entries a position; 1 to the vocabulary."""
+    temperature: float = 1.0
+    """Divides the teacher's logits before the softmax; > 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutJob:
+    """Sample completions of prompts from a policy; each planned unit becomes a part."""
+
+    root: str
+    """The cache: a folder, or an address such as s3://bucket/prefix."""
+    prompts: PromptsConfig
+    """Prompts that rollouts are sampled from."""
+    student: str | None = None
+    """Initial student: folder of a Hugging Face model, or a hub id. The first rollout needs it and
+    makes it policy 0; later it must be that one."""
+    policy: int | None = None
+    """Policy version to sample; None is the newest."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How rollouts are sampled."""
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
+    """How much is sampled. Nothing is retired here."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreJob:
+    """Let the teacher score every part that has no shard."""
+
+    root: str
+    """The cache: a folder, or an address such as s3://bucket/prefix."""
+    teacher: TeacherConfig
+    """The teacher of this cache."""
+    topk: int | None = None
+    """K, if given, is compared with the cache's."""
+    temperature: float | None = None
+    """If given, is compared with the cache's."""
+    accept_numerics: bool = False
+    """A person has confirmed that an engine, version, dtype or device that is new to the cache may
+    fill it too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainJob:
+    """Train the newest policy on everything scored and not retired, and publish the next one."""
+
+    root: str
+    """The cache: a folder."""
+    output: str
+    """Folder for logs and checkpoints."""
+    run: str
+    """Name of the run, for records in the cache: letters, digits, dots, dashes and underscores."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How the student is trained."""
+
+    def __post_init__(self) -> None:
+        """Check the name."""
+        if not RUN_NAME.fullmatch(self.run):
+            expected = "letters, digits, dots, dashes and underscores"
+            raise ConfigError("run", expected, repr(self.run), "Choose another name.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefreshJob:
+    """Retire parts of policies that are too old, and sample the newest policy."""
+
+    root: str
+    """The cache: a folder, or an address such as s3://bucket/prefix."""
+    prompts: PromptsConfig
+    """Prompts; those sampled longest ago come first."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How rollouts are sampled."""
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
+    """How much is sampled, and how long rollouts stay in use."""

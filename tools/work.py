@@ -1,0 +1,229 @@
+"""What each job does, with the pieces of the other folders.
+
+Each can be run again: what is done is left as it is. An input that cannot be used is an error
+before anything is written. torch is imported only where a model runs.
+"""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from stillroom.cache import jsonfile
+from stillroom.cache.errors import InputError, MismatchError, MissingError
+from stillroom.cache.fingerprint import ModelFiles, inspect_model
+from stillroom.cache.identity import Identity
+from stillroom.cache.score import score
+from stillroom.cache.storage import Storage
+from stillroom.cache.store import IDENTITY_PATH, Cache
+from stillroom.cache.teacher import identity_of
+from stillroom.replay.policies import check_student, open_policy, policy_versions, register_initial
+from stillroom.replay.prompts import Prompts, PromptsConfig, load_prompts
+from stillroom.replay.refresh import RefreshConfig, cycle_name, refresh, retire_stale
+from stillroom.replay.rollout import Cycle, rollout
+from stillroom.replay.sampler import SamplerConfig
+from stillroom.tools.jobs import InitJob, RefreshJob, RolloutJob, ScoreJob, TrainJob
+from stillroom.tools.render import say
+from stillroom.train.config import RunConfig
+from stillroom.train.durable import write_file
+
+
+def init(job: InitJob) -> int:
+    """`stillroom init`."""
+    files = inspect_model(job.teacher.model, job.teacher.revision)
+    identity = identity_of(files, job.teacher, job.topk, job.temperature)
+    student = None if job.student is None else _student(job.student, identity)
+    storage = Storage(job.root)
+    there = storage.exists(IDENTITY_PATH)
+    if there:
+        known = Cache.open(job.root).identity
+        identity = _under_known_name(identity, known)
+    cache = Cache.create(job.root, identity)
+    if student is not None:
+        register_initial(cache.storage, student, "init")
+    say(
+        f"init: {job.root} {'was there' if there else 'made'}: top {identity.topk} of "
+        f"{identity.vocab_size:,} tokens at temperature {identity.temperature}, teacher "
+        f"{identity.teacher.name}, policy 0 {job.student or 'not named yet'}"
+    )
+    return 0
+
+
+def roll_out(job: RolloutJob) -> int:
+    """`stillroom rollout`."""
+    cache = Cache.open(job.root)
+    student = None if job.student is None else _student(job.student, cache.identity)
+    versions = policy_versions(cache.storage)
+    if not versions and student is None:
+        do = "Name the initial student with --student."
+        raise MissingError(cache.storage.root, "a policy to sample", "none", do)
+    version = job.policy if job.policy is not None else max(versions, default=0)
+    if student is not None and not versions and version == 0:
+        files = student
+    else:
+        files = open_policy(cache.storage, version)
+    prompts = _prompts(cache, files, job.prompts, job.sampler)
+    if student is not None:
+        register_initial(cache.storage, student, "rollout")
+    _sample(cache, files, version, prompts, job)
+    return 0
+
+
+def refresh_newest(job: RefreshJob) -> int:
+    """`stillroom refresh`."""
+    cache = Cache.open(job.root)
+    version = _newest(cache)
+    files = open_policy(cache.storage, version)
+    prompts = _prompts(cache, files, job.prompts, job.sampler)
+    _check_plan(cache, version, job.sampler, job.refresh)
+    retired = retire_stale(cache, version, job.refresh.max_lag)
+    say(f"refresh: {len(retired)} parts retired, over {job.refresh.max_lag} policies behind")
+    _sample(cache, files, version, prompts, job)
+    return 0
+
+
+def score_all(job: ScoreJob) -> int:
+    """`stillroom score`."""
+    cache = Cache.open(job.root)
+    known = cache.identity
+    files = inspect_model(job.teacher.model, job.teacher.revision)
+    topk = known.topk if job.topk is None else job.topk
+    temperature = known.temperature if job.temperature is None else job.temperature
+    identity = identity_of(files, job.teacher, topk, temperature)
+    known.check_same(_under_known_name(identity, known), cache.storage.describe(IDENTITY_PATH))
+    if not cache.unscored():
+        say(f"score: nothing to do, {len(cache.commits())} parts are scored")
+        return 0
+    from stillroom.cache.transformers_teacher import TransformersTeacher
+
+    teacher = TransformersTeacher(files, job.teacher)
+    report = score(cache, teacher, accept_numerics=job.accept_numerics)
+    rate = report.positions / report.teacher_s if report.teacher_s else 0.0
+    say(
+        f"score: {len(report.scored)} parts, {report.positions:,} positions in "
+        f"{report.teacher_s:.1f} s of the teacher ({rate:,.0f} positions/s); "
+        f"{len(report.lost)} parts scored by others meanwhile"
+    )
+    return 0
+
+
+def train_newest(job: TrainJob) -> int:
+    """`stillroom train`."""
+    cache = Cache.open(job.root)
+    version = _newest(cache)
+    files = open_policy(cache.storage, version)
+    if not cache.commits().keys() - cache.retired():
+        do = "Run 'stillroom rollout' and 'stillroom score' first."
+        raise InputError(cache.storage.root, "scored parts to train on", "none", do)
+    from stillroom.train.publish import publish
+    from stillroom.train.trainer import ReplayTrainer
+
+    output = Path(job.output).expanduser().absolute()
+    snapshot = cache.snapshot()
+    name = f"{job.run}-{version:06d}"
+    trainer = ReplayTrainer(files, version, cache, snapshot, job.train, output, name)
+    report = trainer.train()
+    if not trainer.is_main:
+        return 0
+    policy = publish(
+        cache.storage, trainer.student, files, version=version + 1, run=job.run, step=report.steps
+    )
+    record = {
+        "settings": asdict(job),
+        "snapshot": snapshot.id,
+        "parent": {"version": version, "fingerprint": files.fingerprint},
+        "published": asdict(policy),
+        "steps": report.steps,
+        "rows": report.rows,
+        "positions": report.positions,
+    }
+    write_file(output / f"{name}.json", jsonfile.dump(record))
+    loss = f", last loss {report.losses[-1]:.4f} nats a position" if report.losses else ""
+    say(
+        f"train: {report.steps:,} steps, {report.rows:,} rollouts, {report.positions:,} positions "
+        f"replayed from snapshot {snapshot.id} in {report.train_s:.1f} s{loss}"
+    )
+    say(f"train: policy {version} -> {policy.version}, {policy.path}")
+    return 0
+
+
+def run_rounds(job: RunConfig) -> int:
+    """`stillroom run`."""
+    from stillroom.train.pipeline import Pipeline
+
+    Pipeline(job).run()
+    return 0
+
+
+def _student(model: str, identity: Identity) -> ModelFiles:
+    files = inspect_model(model)
+    fingerprint, vocab_size = identity.tokenizer_fingerprint, identity.vocab_size
+    check_student(files, fingerprint, vocab_size, identity.teacher.name)
+    return files
+
+
+def _newest(cache: Cache) -> int:
+    versions = policy_versions(cache.storage)
+    if not versions:
+        do = "Run 'stillroom rollout --student ...' first."
+        raise MissingError(cache.storage.root, "a policy", "none", do)
+    return versions[-1]
+
+
+def _under_known_name(identity: Identity, known: Identity) -> Identity:
+    """A teacher is told by its fingerprint; its path may differ from machine to machine."""
+    if identity.teacher.fingerprint != known.teacher.fingerprint:
+        return identity
+    name, revision = known.teacher.name, known.teacher.revision
+    return replace(identity, teacher=replace(identity.teacher, name=name, revision=revision))
+
+
+def _prompts(
+    cache: Cache, files: ModelFiles, config: PromptsConfig, sampler: SamplerConfig
+) -> Prompts:
+    """Prompts that leave room for a completion in the student, and in a teacher that is at hand."""
+    from transformers import AutoTokenizer
+
+    longest = files.max_length
+    teacher = Path(cache.identity.teacher.name).expanduser()
+    if teacher.is_dir():
+        longest = min(longest, inspect_model(str(teacher)).max_length)
+    tokenizer = AutoTokenizer.from_pretrained(files.folder)
+    return load_prompts(config, tokenizer, longest - sampler.max_new_tokens)
+
+
+def _check_plan(cache: Cache, version: int, sampler: SamplerConfig, config: RefreshConfig) -> None:
+    """Refuse settings other than a stored plan's: parts would record what was not used."""
+    path = f"units/{cycle_name(version)}.json"
+    if not cache.storage.exists(path):
+        return
+    where = cache.storage.describe(path)
+    asked = {**sampler.recorded(), "seed": config.seed}
+    for unit in Cycle.from_json(cache.storage.get(path), where).units:
+        planned = {**unit.sampler, "seed": unit.seed}
+        differing = [key for key in asked if planned.get(key) != asked[key]]
+        if differing:
+            raise MismatchError(
+                where,
+                ", ".join(f"{key} = {planned.get(key)!r}" for key in differing),
+                ", ".join(f"{key} = {asked[key]!r}" for key in differing),
+                f"Policy {version} is planned already: use those, or train the next policy.",
+            )
+
+
+def _sample(
+    cache: Cache, files: ModelFiles, version: int, prompts: Prompts, job: RolloutJob | RefreshJob
+) -> None:
+    from stillroom.replay.transformers_sampler import TransformersSampler
+
+    _check_plan(cache, version, job.sampler, job.refresh)
+    cycle = refresh(cache, prompts.prompts, job.sampler, job.refresh, version)
+    report = rollout(cache, cycle, prompts.prompts, lambda: TransformersSampler(files, job.sampler))
+    num_planned = sum(len(unit.prompt_ids) for unit in cycle.units)
+    rate = report.positions / report.sample_s if report.sample_s else 0.0
+    say(
+        f"prompts: {num_planned} of {len(prompts.prompts)} are planned for policy {version}, "
+        f"{prompts.num_too_long} too long and left out"
+    )
+    say(
+        f"rollout: {len(report.added)} of {len(cycle.units)} parts added, {report.rollouts:,} "
+        f"rollouts, {report.positions:,} tokens in {report.sample_s:.1f} s ({rate:,.0f} tokens/s)"
+    )
