@@ -38,6 +38,7 @@ def load_causal_lm(files: ModelFiles, dtype: str, device: torch.device) -> PreTr
             files.folder,
             dtype=getattr(torch, dtype),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             trust_remote_code=False,
         )
         model, info = loaded

@@ -152,6 +152,8 @@ def read_commit(storage: Storage, path: str) -> Commit:
         raise CorruptError(
             where, f"a commit of format {FORMAT_VERSION}", "another", "Restore the file."
         )
+    if min(commit.rows, commit.positions, commit.tokens, commit.teacher_prompt_tokens) < 0:
+        raise CorruptError(where, "counts from 0", "a negative one", "Restore the file.")
     if not NAME.fullmatch(commit.part) or commit_path(commit.part, commit.n) != path:
         raise CorruptError(
             where, "the commit that its name says", f"{commit.part}.{commit.n}", "Restore it."

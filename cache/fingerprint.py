@@ -73,22 +73,29 @@ def inspect_model(model: str, revision: str | None = None) -> ModelFiles:
     folder = resolve(model, revision)
     config = _read_json(folder / "config.json")
     tensors = _tensors(folder)
-    text_config = config.get("text_config", config)
+    text_config = config.get("text_config") or config
+    width = text_config.get("vocab_size")
+    if not isinstance(width, int):
+        where = f"{folder / 'config.json'}, vocab_size"
+        raise InputError(where, "a number", repr(width), "Save the model again.")
     vocab = _vocab(folder)
-    quantized = config.get("quantization_config", {}).get("quant_method")
+    quantized = (config.get("quantization_config") or {}).get("quant_method")
     common = Counter(t["dtype"] for _, t in tensors.values()).most_common(1)[0][0]
     return ModelFiles(
         folder=folder,
         config=config,
         fingerprint=_fingerprint(folder, config, tensors),
         weight_format=quantized or common,
-        tokenizer_fingerprint=jsonfile.digest(
-            jsonfile.dump(sorted(vocab.items(), key=lambda item: item[1]))
-        ),
+        tokenizer_fingerprint=vocab_fingerprint(vocab),
         vocab_size=max(vocab.values()) + 1,
-        logit_width=int(text_config["vocab_size"]),
-        max_length=int(text_config.get("max_position_embeddings", 1 << 30)),
+        logit_width=width,
+        max_length=int(text_config.get("max_position_embeddings") or 1 << 30),
     )
+
+
+def vocab_fingerprint(vocab: dict[str, int]) -> str:
+    """Hash of a tokenizer's map from token to id, special tokens included."""
+    return jsonfile.digest(jsonfile.dump(sorted(vocab.items(), key=lambda item: item[1])))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -147,16 +154,23 @@ def _safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
         if length > min(size, MAX_HEADER_BYTES):
             raise _cut_short(path, size)
         try:
-            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
-        except ValueError as error:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = {name: _entry(entry, 8 + length) for name, entry in header.items()}
+            end = max((e["data_offsets"][1] for e in entries.values()), default=8 + length)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise _cut_short(path, size) from error
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if 8 + length + end != size:
+    if end != size:
         raise _cut_short(path, size)
-    for entry in header.values():
-        entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
-    return header
+    return entries
+
+
+def _entry(entry: dict[str, Any], base: int) -> dict[str, Any]:
+    begin, end = entry["data_offsets"]
+    if not 0 <= begin <= end:
+        raise ValueError("offsets out of order")
+    offsets = [base + begin, base + end]
+    return {"dtype": entry["dtype"], "shape": entry["shape"], "data_offsets": offsets}
 
 
 def _cut_short(path: Path, size: int) -> InputError:
@@ -177,7 +191,7 @@ def _fingerprint(
         parts.append(jsonfile.dump([name, entry["dtype"], entry["shape"]]))
         begin, end = entry["data_offsets"]
         with path.open("rb") as file:
-            for start in {begin, (begin + end) // 2, max(begin, end - SAMPLE_BYTES)}:
+            for start in sorted({begin, (begin + end) // 2, max(begin, end - SAMPLE_BYTES)}):
                 file.seek(start)
                 parts.append(jsonfile.digest(file.read(min(SAMPLE_BYTES, end - start))).encode())
     return jsonfile.digest(b"\n".join(parts))

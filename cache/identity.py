@@ -11,6 +11,7 @@ from stillroom.cache.schema import FORMAT_VERSION
 KNOWN_FEATURES = frozenset[str]()
 SHARD_FORMATS = ("zarr",)
 MAX_TOPK = 65535
+FOR_PEOPLE = ("teacher.name", "teacher.revision")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +35,8 @@ class Identity:
     """Ids that the tokenizer knows; probabilities are normalised over these."""
     logit_width: int
     """Rows of the teacher's output head; those from vocab_size on are masked."""
+    max_length: int = 2**31 - 1
+    """Longest sequence that the teacher reads, prompt and completion, in tokens."""
     temperature: float = 1.0
     """Divides the teacher's logits before the softmax; > 0."""
     topk: int = 64
@@ -84,12 +87,11 @@ class Identity:
         if version != FORMAT_VERSION:
             do = "Read it with the version of Stillroom that wrote it."
             raise MismatchError(where, f"format version {FORMAT_VERSION}", f"{version!r}", do)
-        unknown = sorted(set(value.get("required_features", [])) - KNOWN_FEATURES)
-        if unknown:
-            raise MismatchError(
-                where, "only features known here", f"{unknown}", "Update Stillroom."
-            )
         try:
+            unknown = sorted(set(value["required_features"]) - KNOWN_FEATURES)
+            if unknown:
+                do = "Update Stillroom."
+                raise MismatchError(where, "only features known here", f"{unknown}", do)
             value["teacher"] = jsonfile.build(TeacherId, value["teacher"], where)
             value["required_features"] = tuple(value["required_features"])
         except (KeyError, TypeError) as error:
@@ -100,13 +102,14 @@ class Identity:
         return identity
 
     def check_same(self, other: "Identity", where: str) -> None:
-        """Refuse another identity.
+        """Refuse another identity. A teacher is told by its fingerprint: its name and revision are
+        for people, and a folder has other names on other machines.
 
         Raises:
             MismatchError: names every field that differs.
         """
         mine, theirs = _flat(asdict(self)), _flat(asdict(other))
-        differing = [key for key in mine if mine[key] != theirs[key]]
+        differing = [k for k in mine if k not in FOR_PEOPLE and mine[k] != theirs[k]]
         if differing:
             raise MismatchError(
                 where,

@@ -1,13 +1,16 @@
 """Canonical JSON: the one way in which Stillroom writes, hashes and reads its small files."""
 
+import dataclasses
 import json
-from typing import Any
+from typing import Any, Never
 
 import xxhash
 
 from stillroom.cache.errors import CorruptError
 
 MAX_BYTES = 64 << 20
+KINDS: dict[Any, Any] = {str: str, int: int, float: (int, float), bool: bool}
+"""What JSON may hold for a field of that type."""
 
 
 def dump(value: Any) -> bytes:
@@ -24,14 +27,14 @@ def load(data: bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        CorruptError: the bytes are too many, not JSON, or not an object.
+        CorruptError: the bytes are too many, not JSON (which has no NaN), or not an object.
     """
     if len(data) > MAX_BYTES:
         raise CorruptError(
             where, f"at most {MAX_BYTES} bytes", f"{len(data)} bytes", "Restore the file."
         )
     try:
-        value = json.loads(data)
+        value = json.loads(data, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise CorruptError(where, "a JSON object", str(error), "Restore the file.") from error
     if not isinstance(value, dict):
@@ -46,8 +49,17 @@ def build(cls: type[Any], fields: dict[str, Any], where: str) -> Any:
         CorruptError: a key is missing, unknown, or has an unusable value.
     """
     try:
-        return cls(**fields)
+        made = cls(**fields)
+        for field in dataclasses.fields(cls):
+            value = getattr(made, field.name)
+            if not isinstance(value, KINDS.get(field.type, object)):
+                raise TypeError(f"{field.name} = {value!r}")
+        return made
     except (TypeError, ValueError) as error:
         raise CorruptError(
             where, f"the fields of {cls.__name__}", str(error), "Restore the file."
         ) from error
+
+
+def _refuse(constant: str) -> Never:
+    raise ValueError(f"{constant}, which is not JSON")

@@ -13,7 +13,7 @@ import numpy as np
 
 from stillroom.cache import jsonfile
 from stillroom.cache.errors import CorruptError
-from stillroom.cache.schema import BY_NAME, FORMAT_VERSION, USER_PREFIX
+from stillroom.cache.schema import BY_NAME, FORMAT_VERSION, USER_NAME
 
 OBJECT_NAME = "shard.zarr.zip"
 CHUNK_ROWS = 2048
@@ -75,18 +75,19 @@ class Manifest:
         value = jsonfile.load(data, where)
         try:
             value["arrays"] = {n: _array(n, e, value["size"]) for n, e in value["arrays"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            _check_user_axes(value["attributes"]["user_axes"], value["arrays"])
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CorruptError(where, "a manifest", repr(error), "Score the part again.") from error
         manifest: Manifest = jsonfile.build(Manifest, value, where)
         return manifest
 
     def check_shapes(self, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
-        """Refuse arrays that are not exactly the expected ones (user columns aside).
+        """Refuse arrays that are not exactly the expected ones.
 
         Raises:
             CorruptError: names what differs.
         """
-        own = {n: e.shape for n, e in self.arrays.items() if not n.startswith(USER_PREFIX)}
+        own = {name: entry.shape for name, entry in self.arrays.items()}
         if own != dict(expected):
             names = sorted(n for n in own.keys() | expected.keys() if own.get(n) != expected.get(n))
             want, got = [expected.get(n) for n in names], [own.get(n) for n in names]
@@ -95,7 +96,7 @@ class Manifest:
 
 
 def _array(name: str, entry: dict[str, Any], size: int) -> ArrayEntry:
-    dtype = "float32" if name.startswith(USER_PREFIX) else BY_NAME[name].dtype
+    dtype = "float32" if USER_NAME.fullmatch(name) else BY_NAME[name].dtype
     shape = tuple(int(n) for n in entry["shape"])
     chunks = tuple(Chunk(int(o), int(n), str(h)) for o, n, h in entry["chunks"])
     if entry["dtype"] != dtype or min(shape) < 0 or len(shape) > 2:
@@ -105,6 +106,12 @@ def _array(name: str, entry: dict[str, Any], size: int) -> ArrayEntry:
     if any(c.offset < 0 or c.length < 1 or c.offset + c.length > size for c in chunks):
         raise ValueError(f"{name}: a chunk outside the object")
     return ArrayEntry(dtype, shape, chunks)
+
+
+def _check_user_axes(axes: dict[str, str], arrays: dict[str, ArrayEntry]) -> None:
+    user = {name for name in arrays if USER_NAME.fullmatch(name)}
+    if axes.keys() != user or not set(axes.values()) <= {"sequence", "position"}:
+        raise ValueError(f"axes {axes} of the user columns {sorted(user)}")
 
 
 def chunk_numbers(shape: tuple[int, ...]) -> int:

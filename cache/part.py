@@ -22,12 +22,14 @@ from stillroom.cache.schema import (
     FORMAT_VERSION,
     PART_SCHEMA,
     SOURCES,
+    USER_NAME,
     USER_PREFIX,
     Arrays,
 )
 
 NAME = re.compile(r"v(\d{6,9})-([0-9a-f]{16})")
 METADATA_KEY = b"stillroom"
+NO_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,18 +84,24 @@ def rollout_id(unit: str, index: int) -> int:
     return xxhash.xxh3_64_intdigest(f"{unit}/{index}".encode())
 
 
-def encode_part(table: pa.Table, meta: PartMeta) -> bytes:
+def encode_part(table: pa.Table, meta: PartMeta, max_length: int = NO_LIMIT) -> bytes:
     """Check rollouts and write them as Parquet bytes.
+
+    Args:
+        table: one row a sequence.
+        meta: what is true of all of them.
+        max_length: longest sequence that the teacher reads, in tokens.
 
     Raises:
         InputError: a row cannot be scored; says which, and why.
         ShapeError: a column is missing or has another type.
     """
     table = _cast(table)
-    check_rows(table, meta.vocab_size, meta.name)
+    check_rows(table, meta.vocab_size, meta.name, max_length)
     metadata = {METADATA_KEY: jsonfile.dump(asdict(meta))}
     sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+    table = table.replace_schema_metadata(metadata)
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue()
 
 
@@ -105,9 +113,10 @@ def decode_part(data: bytes, where: str) -> tuple[pa.Table, PartMeta]:
         MismatchError: another format version wrote it.
     """
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = read_parquet(data)
         raw = (table.schema.metadata or {})[METADATA_KEY]
-    except (pa.ArrowException, OSError, KeyError) as error:
+        table = _cast(table)
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise CorruptError(
             where, "a Parquet file of rollouts", str(error), "Restore the file."
         ) from error
@@ -121,17 +130,27 @@ def decode_part(data: bytes, where: str) -> tuple[pa.Table, PartMeta]:
     return table, meta
 
 
-def check_rows(table: pa.Table, vocab_size: int, where: str) -> None:
+def read_parquet(data: bytes) -> pa.Table:
+    """Parse the bytes of a Parquet file, page checksums verified.
+
+    Not `pq.read_table`: its threads abort a process that ends soon after it (pyarrow 26).
+    """
+    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
+
+
+def check_rows(table: pa.Table, vocab_size: int, where: str, max_length: int = NO_LIMIT) -> None:
     """Refuse rollouts that cannot be scored: no tokens, ids out of range, lists of unequal length.
 
     Raises:
-        InputError: names the first such row.
+        InputError: names the first such row; or there is none at all.
     """
+    if not len(table):
+        raise InputError(where, "at least one rollout", "none", "Leave the part out.")
     user = [n for n in table.column_names if n.startswith(USER_PREFIX)]
     per_token = ["scored", "behaviour_logprob", *(n for n in user if _is_list(table, n))]
     names = ["prompt", "completion", "finish_reason", "source", "teacher_prompt", *per_token]
     for row, item in enumerate(table.select(names).to_pylist()):
-        problem = _problem(item, vocab_size, per_token)
+        problem = _problem(item, vocab_size, per_token) or _too_long(item, max_length)
         if problem:
             do = "Leave the row out, or repair it."
             raise InputError(f"{where}, row {row}", "a rollout that can be scored", problem, do)
@@ -179,7 +198,7 @@ def part_arrays(table: pa.Table) -> Arrays:
 
 
 def _cast(table: pa.Table) -> pa.Table:
-    user = [n for n in table.column_names if n.startswith(USER_PREFIX)]
+    user = [n for n in table.column_names if USER_NAME.fullmatch(n)]
     wanted = [*PART_SCHEMA.names, *user]
     missing, unknown = (
         sorted(set(wanted) - set(table.column_names)),
@@ -196,7 +215,7 @@ def _cast(table: pa.Table) -> pa.Table:
     schema = pa.schema([*PART_SCHEMA, *(pa.field(n, k) for n, k in zip(user, kinds, strict=True))])
     try:
         return table.select(wanted).cast(schema)
-    except (pa.ArrowException, ValueError) as error:
+    except (pa.ArrowException, ValueError, KeyError) as error:
         raise ShapeError(
             "rollouts", "the part's column types", str(error), "See docs/format.md."
         ) from error
@@ -206,7 +225,10 @@ def _problem(item: dict[str, Any], vocab_size: int, per_token: list[str]) -> str
     prompt, completion = item["prompt"], item["completion"]
     if not prompt or not completion:
         return "an empty prompt" if not prompt else "an empty completion"
-    largest = max(*prompt, *completion, *(item["teacher_prompt"] or []))
+    tokens = [*prompt, *completion, *(item["teacher_prompt"] or [])]
+    if None in tokens:
+        return "a token without an id"
+    largest = max(tokens)
     if largest >= vocab_size:
         return f"token id {largest}, but the vocabulary has {vocab_size}"
     if item["finish_reason"] not in FINISH_REASONS:
@@ -223,8 +245,14 @@ def _problem(item: dict[str, Any], vocab_size: int, per_token: list[str]) -> str
     return None
 
 
+def _too_long(item: dict[str, Any], max_length: int) -> str | None:
+    length = len(item["teacher_prompt"] or item["prompt"]) + len(item["completion"])
+    return f"{length} tokens; the teacher reads {max_length}" if length > max_length else None
+
+
 def _is_list(table: pa.Table, name: str) -> bool:
-    return bool(pa.types.is_list(table.schema.field(name).type))
+    kind = table.schema.field(name).type
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
 def _lists(table: pa.Table, name: str) -> list[np.ndarray]:

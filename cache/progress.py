@@ -22,24 +22,28 @@ class Progress:
         """Nothing is shown before the first unit."""
         self._label, self._total, self._unit = label, total, unit
         self._done = 0
-        self._start = self._last = time.monotonic()
+        self._start = self._printed = self._last = time.monotonic()
         tty = sys.stderr.isatty()
         self._bar = tqdm(total=total, desc=label, unit=f" {unit}", leave=False) if tty else None
 
     def advance(self, amount: int = 1) -> None:
         """Count finished units."""
-        self._done += amount
         if self._bar is not None:
             self._bar.update(amount)
-        elif time.monotonic() - self._last > LINE_EVERY_S:
-            self._last = time.monotonic()
-            elapsed = self._last - self._start
-            left = elapsed / self._done * (self._total - self._done)
-            done = f"{self._done:,} of {self._total:,} {self._unit}"
-            print(
-                f"  {self._label}: {done}, {self._done / elapsed:,.1f}/s, {left:.0f} s left",
-                flush=True,
-            )
+        elif time.monotonic() - self._printed > LINE_EVERY_S and self._done:
+            self._print_line()
+        self._done += amount
+        self._last = time.monotonic()
+
+    def _print_line(self) -> None:
+        """Print how things stood after the last unit: the one at hand may be the first of many."""
+        self._printed = time.monotonic()
+        elapsed = self._last - self._start
+        left = elapsed / self._done * (self._total - self._done)
+        done = f"{self._done:,} of {self._total:,} {self._unit}"
+        rate = self._done / elapsed
+        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"
+        print(f"  {self._label}: {done}, {shown}/s, {left:.0f} s left", file=sys.stderr)
 
     def __enter__(self) -> "Progress":
         """Start counting."""

@@ -8,6 +8,7 @@ completion given every token before it.
 Other modules render their layouts from these tables; none of them names a dtype again.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -20,6 +21,7 @@ from stillroom.cache.errors import ShapeError
 FORMAT_VERSION: Final = 1
 UNUSED_ID: Final = 2**32 - 1
 USER_PREFIX: Final = "x_"
+USER_NAME: Final = re.compile(r"x_[A-Za-z0-9_]+")
 
 Axis = Literal["position", "token", "sequence", "edge", "teacher_token"]
 Arrays = dict[str, np.ndarray]
@@ -170,6 +172,12 @@ COLUMNS: Final = (
     ),
 )
 BY_NAME: Final = {column.name: column for column in COLUMNS}
+EDGE_OF: Final[dict[Axis, str]] = {
+    "position": "position_start",
+    "token": "sequence_start",
+    "teacher_token": "teacher_prompt_start",
+}
+"""Where each axis is cut into sequences."""
 FINISH_REASONS: Final = ("unknown", "stop", "length", "abort")
 SOURCES: Final = ("unknown", "student", "teacher", "dataset", "import")
 
@@ -214,37 +222,44 @@ def expected_shapes(sizes: Mapping[str, int], topk: int, extra: int) -> dict[str
 
 
 def check_arrays(arrays: Arrays, topk: int, extra: int) -> None:
-    """Refuse arrays that are not a whole shard: a column missing, or of another dtype or shape.
+    """Refuse arrays that are not a whole shard: a column missing, or of another dtype or shape,
+    or offsets that do not fit.
 
     Raises:
         ShapeError: names the first wrong column.
     """
-    sequences = len(arrays["prompt_length"])
-    sizes: dict[str, int] = {
-        "position": len(arrays["sampled_logprob"]),
-        "token": len(arrays["token"]),
-        "sequence": sequences,
-        "edge": sequences + 1,
-        "teacher_token": len(arrays["teacher_prompt"]),
+    for column in COLUMNS:
+        if column.name not in arrays and (extra or column.width != "M"):
+            raise _wrong(column.name, f"{column.dtype} per {column.axis}", "nothing")
+    measured = {
+        "position": "sampled_logprob",
+        "token": "token",
+        "sequence": "prompt_length",
+        "teacher_token": "teacher_prompt",
     }
+    sizes = {axis: len(np.atleast_1d(arrays[name])) for axis, name in measured.items()}
+    sizes["edge"] = sizes["sequence"] + 1
     shapes = expected_shapes(sizes, topk, extra)
     for name, shape in shapes.items():
-        dtype = BY_NAME[name].dtype
-        got = arrays.get(name)
-        if got is None or got.shape != shape or got.dtype != np.dtype(dtype):
-            found = "nothing" if got is None else f"{got.dtype}{list(got.shape)}"
-            raise ShapeError(
-                f"column {name!r}",
-                f"{dtype}{list(shape)}",
-                found,
-                "Build the shard with cache.score.",
-            )
+        dtype, got = BY_NAME[name].dtype, arrays[name]
+        if got.shape != shape or got.dtype != np.dtype(dtype):
+            raise _wrong(name, f"{dtype}{list(shape)}", f"{got.dtype}{list(got.shape)}")
+    for axis, name in EDGE_OF.items():
+        edges, end = arrays[name].astype(np.int64), sizes[axis]
+        if edges[0] != 0 or edges[-1] != end or (np.diff(edges) < 0).any():
+            raise _wrong(name, f"offsets from 0 up to {end}", "others")
+    if arrays["scored"].sum() != sizes["position"]:
+        raise _wrong("scored", f"{sizes['position']} ones", "another sum")
     for name in arrays.keys() - shapes.keys():
-        known_size = len(arrays[name]) in (sizes["sequence"], sizes["position"])
-        if not (name.startswith(USER_PREFIX) and arrays[name].dtype == np.float32 and known_size):
+        known_shape = arrays[name].shape in ((sizes["sequence"],), (sizes["position"],))
+        if not (USER_NAME.fullmatch(name) and arrays[name].dtype == np.float32 and known_shape):
             raise ShapeError(
                 f"column {name!r}",
                 f"a declared column, or {USER_PREFIX}NAME as float32 per sequence or position",
                 f"{arrays[name].dtype}{list(arrays[name].shape)}",
-                f"Rename it to {USER_PREFIX}{name} or leave it out.",
+                f"Name it {USER_PREFIX} and letters, digits or _, or leave it out.",
             )
+
+
+def _wrong(name: str, expected: str, got: str) -> ShapeError:
+    return ShapeError(f"column {name!r}", expected, got, "Build the shard with cache.score.")

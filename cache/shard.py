@@ -10,14 +10,8 @@ from stillroom.cache.codec import decode_chunk
 from stillroom.cache.commits import Commit, attempt_path
 from stillroom.cache.errors import CorruptError
 from stillroom.cache.manifest import CHUNK_ROWS, OBJECT_NAME, Manifest, chunk_numbers
-from stillroom.cache.schema import BY_NAME, USER_PREFIX, Arrays, Axis, expected_shapes
+from stillroom.cache.schema import BY_NAME, EDGE_OF, Arrays, Axis, expected_shapes
 from stillroom.cache.storage import Storage
-
-EDGE_OF: dict[Axis, str] = {
-    "position": "position_start",
-    "token": "sequence_start",
-    "teacher_token": "teacher_prompt_start",
-}
 
 
 class Shard:
@@ -50,7 +44,9 @@ class Shard:
             "edge": commit.rows + 1,
             "teacher_token": commit.teacher_prompt_tokens,
         }
-        self.manifest.check_shapes(expected_shapes(sizes, topk, extra), where)
+        self._user_axes: dict[str, Axis] = self.manifest.attributes["user_axes"]
+        user = {name: (sizes[axis],) for name, axis in self._user_axes.items()}
+        self.manifest.check_shapes(expected_shapes(sizes, topk, extra) | user, where)
         self._edges: dict[str, np.ndarray] = {}
 
     @property
@@ -95,7 +91,7 @@ class Shard:
 
     def rows(self, start: int, stop: int) -> Arrays:
         """All columns of the sequences [start, stop); edges are rebased to begin at 0."""
-        names = [n for n in self.columns if n.startswith(USER_PREFIX) or BY_NAME[n].axis != "edge"]
+        names = [n for n in self.columns if self._axis(n) != "edge"]
         spans = [(n, *self._span(self._axis(n), start, stop)) for n in names]
         arrays = dict(zip(names, self.read_ranges(spans), strict=True))
         for edge in EDGE_OF.values():
@@ -108,11 +104,7 @@ class Shard:
         return self.rows(0, self.commit.rows)
 
     def _axis(self, name: str) -> Axis:
-        if not name.startswith(USER_PREFIX):
-            return BY_NAME[name].axis
-        return (
-            "sequence" if self.manifest.attributes["user_axes"][name] == "sequence" else "position"
-        )
+        return self._user_axes.get(name) or BY_NAME[name].axis
 
     def _span(self, axis: Axis, start: int, stop: int) -> tuple[int, int]:
         if axis == "sequence":

@@ -11,8 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillroom.cache import jsonfile
-from stillroom.cache.commits import Commit, commit_path, list_commits, read_commit
+from stillroom.cache.commits import (
+    Commit,
+    attempt_path,
+    commit_path,
+    list_commits,
+    read_commit,
+)
 from stillroom.cache.errors import CorruptError, MissingError
+from stillroom.cache.manifest import OBJECT_NAME
+from stillroom.cache.part import read_parquet
 from stillroom.cache.storage import Storage
 
 SCHEMA = pa.schema(
@@ -86,12 +94,12 @@ def open_snapshot(storage: Storage, snapshot_id: str) -> Snapshot:
     """
     path = snapshot_path(snapshot_id)
     where = storage.describe(path)
+    data = storage.get(path)
     try:
-        table = pq.read_table(io.BytesIO(storage.get(path)))
-        rows = table.select(["part", "n", "commit_hash"]).to_pylist()
-    except (pa.ArrowException, KeyError) as error:
+        rows = read_parquet(data).select(["part", "n", "commit_hash"]).to_pylist()
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise CorruptError(where, "a snapshot", str(error), "Make a new snapshot.") from error
-    commits = []
+    commits, objects = [], {entry.path for entry in storage.list("scores")}
     for row in rows:
         try:
             commit = read_commit(storage, commit_path(row["part"], row["n"]))
@@ -105,6 +113,10 @@ def open_snapshot(storage: Storage, snapshot_id: str) -> Snapshot:
                 commit.digest(),
                 "Restore it.",
             )
+        attempt = attempt_path(commit.part, commit.attempt)
+        if not {f"{attempt}/{OBJECT_NAME}", f"{attempt}/manifest.json"} <= objects:
+            do = "Restore it, or make a new snapshot."
+            raise MissingError(where, f"the part {commit.part}", "no shard of it", do)
         commits.append(commit)
     snapshot = Snapshot(tuple(commits))
     if snapshot.id != snapshot_id:
@@ -132,5 +144,6 @@ def _encode(snapshot: Snapshot) -> bytes:
         for c in snapshot.commits
     ]
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="zstd")
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue()

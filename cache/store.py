@@ -114,7 +114,8 @@ class Cache:
                 f"{(meta.tokenizer_fingerprint, meta.vocab_size)}",
                 "Sample with a student that has the teacher's tokenizer.",
             )
-        return self.storage.put_new(_part_path(meta.name), encode_part(table, meta))
+        data = encode_part(table, meta, self.identity.max_length)
+        return self.storage.put_new(_part_path(meta.name), data)
 
     def read_part(self, part: str) -> tuple[pa.Table, PartMeta, str]:
         """Rollouts of a part, what is true of all of them, and the hash of its bytes.

@@ -108,6 +108,7 @@ def identity_of(
         tokenizer_fingerprint=files.tokenizer_fingerprint,
         vocab_size=files.vocab_size,
         logit_width=files.logit_width,
+        max_length=files.max_length,
         temperature=temperature,
         topk=topk,
     )

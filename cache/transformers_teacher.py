@@ -49,20 +49,24 @@ class TransformersTeacher:
             expected = f"at most the teacher's {self._files.max_length} tokens"
             raise InputError(f"row {too_long[0]}", expected, got, "Sample shorter completions.")
         for batch in length_batches(lengths, self._config.max_batch_tokens):
-            scored = self._score_batch([rows[i] for i in batch], topk, temperature)
+            scored = self._score_batch({i: rows[i] for i in batch}, topk, temperature)
             yield from zip(batch, scored, strict=True)
 
     @torch.inference_mode()
-    def _score_batch(self, rows: list[ScoreRow], topk: int, temperature: float) -> list[RowScores]:
+    def _score_batch(
+        self, batch: dict[int, ScoreRow], topk: int, temperature: float
+    ) -> list[RowScores]:
+        rows = list(batch.values())
         hidden_PH = self._hidden([row.token for row in rows], [row.targets for row in rows])
         sampled = np.concatenate([row.token[row.targets] for row in rows]).astype(np.int64)
+        row_P = np.repeat(list(batch), [len(row.targets) for row in rows])
         sampled_P = torch.from_numpy(sampled).to(self._device)
         chunks = []
         for start in range(0, len(sampled_P), self._config.head_rows):
             span = slice(start, start + self._config.head_rows)
             logit_PV = head_logits(self._model, hidden_PH[span]).float() / temperature
             logit_PV[:, self._files.vocab_size :] = -torch.inf
-            chunks.append(summarise(logit_PV, sampled_P[span], topk))
+            chunks.append(summarise(logit_PV, sampled_P[span], topk, row_P[span]))
         joined = [torch.cat(column).cpu().numpy() for column in zip(*chunks, strict=True)]
         ends = np.cumsum([len(row.targets) for row in rows])
         parts = [np.split(column, ends[:-1]) for column in joined]
@@ -81,7 +85,7 @@ class TransformersTeacher:
 
 
 def summarise(
-    logit_PV: torch.Tensor, sampled_P: torch.Tensor, topk: int
+    logit_PV: torch.Tensor, sampled_P: torch.Tensor, topk: int, row_P: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Top-k, tail and sampled logprobs of full rows of logits.
 
@@ -92,18 +96,19 @@ def summarise(
         logit_PV: (P, V) float32; overwritten at the top k.
         sampled_P: (P,) int64 token ids.
         topk: K.
+        row_P: (P,) which row each position is of, for messages.
 
     Returns:
         ids (P, K) int64, logprobs (P, K), tail (P,), sampled logprob (P,), all float32 nats.
 
     Raises:
-        NumericsError: a row holds NaN or +inf, or nothing finite.
+        NumericsError: a position holds NaN or +inf, or nothing finite; names its row.
     """
     lse_P = torch.logsumexp(logit_PV, dim=-1)
     bad = (~torch.isfinite(lse_P)).nonzero()
     if len(bad):
         raise NumericsError(
-            f"position {int(bad[0])} of a batch",
+            f"row {row_P[int(bad[0])]}",
             "finite teacher logits",
             f"a logsumexp of {lse_P[bad[0]].item()}",
             "Run the teacher in float32 or bfloat16, or check its weights.",

@@ -144,7 +144,10 @@ def _column(config: PromptsConfig, names: Sequence[str]) -> str:
 def _render(value: Any, tokenizer: "PreTrainedTokenizerBase", where: str) -> np.ndarray:
     if not value or (isinstance(value, str) and not value.strip()):
         raise InputError(where, "a prompt", "an empty one", "Leave the row out.")
-    messages = [{"role": "user", "content": value}] if isinstance(value, str) else list(value)
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if not (isinstance(messages, list) and all(map(_is_message, messages))):
+        do = "Give text, or messages as a list of {'role': ..., 'content': ...}."
+        raise InputError(where, "text or messages", repr(value)[:80], do)
     try:
         if tokenizer.chat_template is not None:
             text = tokenizer.apply_chat_template(
@@ -168,5 +171,15 @@ def _render(value: Any, tokenizer: "PreTrainedTokenizerBase", where: str) -> np.
     return np.asarray(ids, np.uint32)
 
 
+def _is_message(value: Any) -> bool:
+    """Templates render what is not there as nothing, so it is looked for here."""
+    if not (isinstance(value, dict) and value.get("role")):
+        return False
+    return value.get("content") is not None or bool(value.get("tool_calls"))
+
+
 def _unique(prompts: list[Prompt]) -> list[Prompt]:
-    return list({prompt.id: prompt for prompt in reversed(prompts)}.values())[::-1]
+    first: dict[int, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt.id, prompt)
+    return list(first.values())

@@ -6,12 +6,13 @@ It plans and retires; the rollout job samples, and the score job scores. Nothing
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from stillroom.cache.errors import ConfigError
+from stillroom.cache.errors import ConfigError, MismatchError
 from stillroom.cache.part import policy_of
 from stillroom.cache.store import Cache
 from stillroom.replay.prompts import Prompt
-from stillroom.replay.rollout import Cycle, plan_cycle, store_cycle
+from stillroom.replay.rollout import Cycle, Unit, plan_cycle, store_cycle
 from stillroom.replay.sampler import SamplerConfig
 
 
@@ -47,6 +48,10 @@ def refresh(
 
     Returns:
         The cycle to roll out.
+
+    Raises:
+        MismatchError: the policy is planned already, with other sampler settings or another seed:
+            parts would record what was not used.
     """
     chosen = stalest(cache, prompts, policy_version)[: config.prompts_per_cycle]
     cycle = plan_cycle(
@@ -56,7 +61,23 @@ def refresh(
         seed=config.seed,
         unit_rollouts=config.unit_rollouts,
     )
-    return store_cycle(cache, cycle_name(policy_version), cycle)
+    stored = store_cycle(cache, cycle_name(policy_version), cycle)
+    for unit in stored.units:
+        _check_settings(cache, unit, {**sampler.recorded(), "seed": config.seed})
+    return stored
+
+
+def _check_settings(cache: Cache, unit: Unit, asked: dict[str, Any]) -> None:
+    planned = {**unit.sampler, "seed": unit.seed}
+    differing = [key for key in asked if planned.get(key) != asked[key]]
+    if differing:
+        where = cache.storage.describe(f"units/{cycle_name(unit.policy_version)}.json")
+        do = f"Policy {unit.policy_version} is planned already: use those settings."
+        expected, got = (
+            ", ".join(f"{key} = {values.get(key)!r}" for key in differing)
+            for values in (planned, asked)
+        )
+        raise MismatchError(where, expected, got, do)
 
 
 def retire_stale(cache: Cache, policy_version: int, max_lag: int) -> list[str]:

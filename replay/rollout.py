@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from stillroom.cache import jsonfile
-from stillroom.cache.errors import ConfigError, InputError
+from stillroom.cache.errors import ConfigError, CorruptError, InputError
 from stillroom.cache.part import PartMeta, rollout_id
 from stillroom.cache.progress import Progress
 from stillroom.cache.schema import PART_SCHEMA
@@ -53,12 +53,18 @@ class Cycle:
 
     @staticmethod
     def from_json(data: bytes, where: str) -> "Cycle":
-        """Parse a stored cycle."""
-        units = jsonfile.load(data, where).get("units", [])
-        made = [
-            jsonfile.build(Unit, {**u, "prompt_ids": tuple(u["prompt_ids"])}, where) for u in units
-        ]
-        return Cycle(tuple(made))
+        """Parse a stored cycle.
+
+        Raises:
+            CorruptError: it is not one.
+        """
+        value = jsonfile.load(data, where)
+        try:
+            units = [{**u, "prompt_ids": tuple(u["prompt_ids"])} for u in value["units"]]
+        except (KeyError, TypeError) as error:
+            do = "Restore the file."
+            raise CorruptError(where, "a plan of units", f"no usable {error}", do) from error
+        return Cycle(tuple(jsonfile.build(Unit, u, where) for u in units))
 
 
 @dataclass(slots=True)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from stillroom.cache.errors import ConfigError, InputError, MismatchError
-from stillroom.cache.schema import Arrays, Axis, column_of
-from stillroom.cache.shard import EDGE_OF, Shard
+from stillroom.cache.schema import EDGE_OF, Arrays, Axis, column_of
+from stillroom.cache.shard import Shard
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
 from stillroom.replay.batch import Batch, MicroBatch, Row, collate
@@ -31,10 +31,12 @@ class ReplayConfig:
     """B, rows of a step over all ranks; >= 1."""
     max_tokens: int = 8192
     """Tokens of a packed micro-batch; no row may be longer."""
-    block_rows: int = 64
+    block_rows: int = 16
     """Neighbouring rows that are read and shuffled together; >= 1."""
-    window_rows: int = 512
-    """Rows of a lane that are shuffled among themselves; >= 1."""
+    window_rows: int = 64
+    """Rows of a lane that are shuffled among themselves; >= 1. About lanes (at most 64) times
+    window_rows + block_rows rows are in use at once; more than cached_bytes of them are read
+    again and again."""
     cached_bytes: int = 1 << 30
     """Decoded blocks kept in memory, bytes."""
     seed: int = 0
@@ -215,15 +217,15 @@ class _RowReader:
 
 
 def _one(block: Arrays, row: int) -> Arrays:
-    """The columns of one sequence of a block."""
+    """The columns of one sequence of a block; copies, as views keep dropped blocks in memory."""
     sequences = len(block["prompt_length"])
     out = {}
     for name, array in block.items():
         user_axis: Axis = "sequence" if len(array) == sequences else "position"
         axis = column_of(name, user_axis).axis
         if axis == "sequence":
-            out[name] = array[row : row + 1]
+            out[name] = array[row : row + 1].copy()
         elif axis != "edge":
             edge = block[EDGE_OF[axis]]
-            out[name] = array[int(edge[row]) : int(edge[row + 1])]
+            out[name] = array[int(edge[row]) : int(edge[row + 1])].copy()
     return out

@@ -54,20 +54,20 @@ class TransformersSampler:
     @torch.inference_mode()
     def _sample_batch(self, prompts: list[np.ndarray], seed: int) -> list[Sampled]:
         width = max(len(p) for p in prompts)
-        pad = self._stop[0]
+        pad = self._stop[0] if self._stop else 0
         ids = np.full((len(prompts), width), pad, np.int64)
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = prompt
             mask[row, width - len(prompt) :] = 1
-        recorder = LogprobRecorder(self._vocab_size)
+        recorder = LogprobRecorder()
         settings = GenerationConfig(
             do_sample=True,
             temperature=1.0,
             top_k=0,
             top_p=1.0,
             max_new_tokens=self._config.max_new_tokens,
-            eos_token_id=self._stop,
+            eos_token_id=self._stop or None,
             pad_token_id=pad,
         )
         devices = [self._device] if self._device.type == "cuda" else []
@@ -86,7 +86,7 @@ class TransformersSampler:
         ]
 
     def _filters(self) -> list[LogitsProcessor]:
-        filters: list[LogitsProcessor] = []
+        filters: list[LogitsProcessor] = [VocabularyMask(self._vocab_size)]
         if self._config.temperature != 1.0:
             filters.append(TemperatureLogitsWarper(self._config.temperature))
         if self._config.top_k:
@@ -104,16 +104,28 @@ class TransformersSampler:
         )
 
 
-class LogprobRecorder(LogitsProcessor):
-    """Notes the log probability of every drawn token; must be the last processor.
+class VocabularyMask(LogitsProcessor):
+    """Masks the rows of a padded head that are no token; must be the first processor.
 
     Args:
-        vocab_size: ids that exist; the rest of a padded head is masked.
+        vocab_size: ids that exist.
     """
 
     def __init__(self, vocab_size: int) -> None:
-        """Start with nothing recorded."""
+        """Keep the size."""
         self._vocab_size = vocab_size
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Mask one step's scores."""
+        scores[:, self._vocab_size :] = -torch.inf
+        return scores
+
+
+class LogprobRecorder(LogitsProcessor):
+    """Notes the log probability of every drawn token; must be the last processor."""
+
+    def __init__(self) -> None:
+        """Start with nothing recorded."""
         self._pending: torch.Tensor | None = None
         self._columns: list[torch.Tensor] = []
 
@@ -121,7 +133,6 @@ class LogprobRecorder(LogitsProcessor):
         """Note the token drawn from the last step's scores, and keep this step's."""
         if self._pending is not None:
             self._take(input_ids[:, -1])
-        scores[:, self._vocab_size :] = -torch.inf
         self._pending = torch.log_softmax(scores.float(), dim=-1)
         if torch.isnan(self._pending).any():
             do = "Sample in float32 or bfloat16, or check the student's weights."
@@ -139,10 +150,10 @@ class LogprobRecorder(LogitsProcessor):
 
 
 def stop_ids(files: ModelFiles, generation_config: GenerationConfig | None) -> list[int]:
-    """Stop tokens of a model, from its generation config, its config and its tokenizer."""
+    """Stop tokens of a model, from its generation config and its tokenizer; may be none."""
     from transformers import AutoTokenizer
 
     eos = getattr(generation_config, "eos_token_id", None)
     found = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     own = AutoTokenizer.from_pretrained(files.folder).eos_token_id
-    return sorted({*found, *([] if own is None else [own])}) or [0]
+    return sorted({*found, *([] if own is None else [own])})

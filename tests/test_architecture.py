@@ -110,3 +110,16 @@ def test_reading_needs_no_torch(module: str, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "none"
+
+
+def test_readme_lists_every_file() -> None:
+    """The file table of the README says of each file what its own first paragraph says."""
+    listed = (ROOT / "README.md").read_text()
+    missing = []
+    for path in python_files(*MAY_IMPORT):
+        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+        name = path.parent.name if path.name == "__init__.py" else f"{path.parent.name}/{path.name}"
+        words = " ".join(doc.split("\n\n")[0].split())
+        if f"{name}/** | {words} |" not in listed and f"| `{name}` | {words} |" not in listed:
+            missing.append(f"| `{name}` | {words} |")
+    assert not missing

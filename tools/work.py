@@ -4,11 +4,11 @@ Each can be run again: what is done is left as it is. An input that cannot be us
 before anything is written. torch is imported only where a model runs.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from stillroom.cache import jsonfile
-from stillroom.cache.errors import InputError, MismatchError, MissingError
+from stillroom.cache.errors import InputError, MissingError
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.identity import Identity
 from stillroom.cache.score import score
@@ -17,8 +17,8 @@ from stillroom.cache.store import IDENTITY_PATH, Cache
 from stillroom.cache.teacher import identity_of
 from stillroom.replay.policies import check_student, open_policy, policy_versions, register_initial
 from stillroom.replay.prompts import Prompts, PromptsConfig, load_prompts
-from stillroom.replay.refresh import RefreshConfig, cycle_name, refresh, retire_stale
-from stillroom.replay.rollout import Cycle, rollout
+from stillroom.replay.refresh import refresh, retire_stale
+from stillroom.replay.rollout import rollout
 from stillroom.replay.sampler import SamplerConfig
 from stillroom.tools.jobs import InitJob, RefreshJob, RolloutJob, ScoreJob, TrainJob
 from stillroom.tools.render import say
@@ -33,9 +33,6 @@ def init(job: InitJob) -> int:
     student = None if job.student is None else _student(job.student, identity)
     storage = Storage(job.root)
     there = storage.exists(IDENTITY_PATH)
-    if there:
-        known = Cache.open(job.root).identity
-        identity = _under_known_name(identity, known)
     cache = Cache.create(job.root, identity)
     if student is not None:
         register_initial(cache.storage, student, "init")
@@ -73,10 +70,9 @@ def refresh_newest(job: RefreshJob) -> int:
     version = _newest(cache)
     files = open_policy(cache.storage, version)
     prompts = _prompts(cache, files, job.prompts, job.sampler)
-    _check_plan(cache, version, job.sampler, job.refresh)
+    _sample(cache, files, version, prompts, job)
     retired = retire_stale(cache, version, job.refresh.max_lag)
     say(f"refresh: {len(retired)} parts retired, over {job.refresh.max_lag} policies behind")
-    _sample(cache, files, version, prompts, job)
     return 0
 
 
@@ -88,7 +84,7 @@ def score_all(job: ScoreJob) -> int:
     topk = known.topk if job.topk is None else job.topk
     temperature = known.temperature if job.temperature is None else job.temperature
     identity = identity_of(files, job.teacher, topk, temperature)
-    known.check_same(_under_known_name(identity, known), cache.storage.describe(IDENTITY_PATH))
+    known.check_same(identity, cache.storage.describe(IDENTITY_PATH))
     if not cache.unscored():
         say(f"score: nothing to do, {len(cache.commits())} parts are scored")
         return 0
@@ -168,45 +164,15 @@ def _newest(cache: Cache) -> int:
     return versions[-1]
 
 
-def _under_known_name(identity: Identity, known: Identity) -> Identity:
-    """A teacher is told by its fingerprint; its path may differ from machine to machine."""
-    if identity.teacher.fingerprint != known.teacher.fingerprint:
-        return identity
-    name, revision = known.teacher.name, known.teacher.revision
-    return replace(identity, teacher=replace(identity.teacher, name=name, revision=revision))
-
-
 def _prompts(
     cache: Cache, files: ModelFiles, config: PromptsConfig, sampler: SamplerConfig
 ) -> Prompts:
-    """Prompts that leave room for a completion in the student, and in a teacher that is at hand."""
+    """Prompts that leave room for a completion in the student and in the teacher."""
     from transformers import AutoTokenizer
 
-    longest = files.max_length
-    teacher = Path(cache.identity.teacher.name).expanduser()
-    if teacher.is_dir():
-        longest = min(longest, inspect_model(str(teacher)).max_length)
+    longest = min(files.max_length, cache.identity.max_length)
     tokenizer = AutoTokenizer.from_pretrained(files.folder)
     return load_prompts(config, tokenizer, longest - sampler.max_new_tokens)
-
-
-def _check_plan(cache: Cache, version: int, sampler: SamplerConfig, config: RefreshConfig) -> None:
-    """Refuse settings other than a stored plan's: parts would record what was not used."""
-    path = f"units/{cycle_name(version)}.json"
-    if not cache.storage.exists(path):
-        return
-    where = cache.storage.describe(path)
-    asked = {**sampler.recorded(), "seed": config.seed}
-    for unit in Cycle.from_json(cache.storage.get(path), where).units:
-        planned = {**unit.sampler, "seed": unit.seed}
-        differing = [key for key in asked if planned.get(key) != asked[key]]
-        if differing:
-            raise MismatchError(
-                where,
-                ", ".join(f"{key} = {planned.get(key)!r}" for key in differing),
-                ", ".join(f"{key} = {asked[key]!r}" for key in differing),
-                f"Policy {version} is planned already: use those, or train the next policy.",
-            )
 
 
 def _sample(
@@ -214,7 +180,6 @@ def _sample(
 ) -> None:
     from stillroom.replay.transformers_sampler import TransformersSampler
 
-    _check_plan(cache, version, job.sampler, job.refresh)
     cycle = refresh(cache, prompts.prompts, job.sampler, job.refresh, version)
     report = rollout(cache, cycle, prompts.prompts, lambda: TransformersSampler(files, job.sampler))
     num_planned = sum(len(unit.prompt_ids) for unit in cycle.units)

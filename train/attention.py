@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from stillroom.cache.errors import ShapeError
+from stillroom.cache.errors import InputError, ShapeError
 
 NAME = "stillroom_rows"
 
@@ -49,22 +49,18 @@ def row_attention(
         (1, T, heads, D), and no weights.
 
     Raises:
-        ShapeError: not a packed batch, or a soft-cap on attention scores.
+        ShapeError: not a packed batch.
+        InputError: the architecture has a soft-cap on attention scores.
     """
-    if (
-        cu_seq_lens_q is None
-        or attention_mask is not None
-        or query.shape[0] != 1
-        or softcap is not None
-    ):
-        got = f"batch {query.shape[0]}, mask {attention_mask is not None}, softcap {softcap}"
+    if softcap is not None:
+        do = "Choose a student of another architecture."
+        expected = "attention without a soft-cap on its scores"
+        raise InputError(type(module).__name__, expected, f"a soft-cap of {softcap}", do)
+    if cu_seq_lens_q is None or attention_mask is not None or query.shape[0] != 1:
+        got = f"batch {query.shape[0]}, mask {attention_mask is not None}"
         do = "Load the student with train.student.load_student and give it packed micro-batches."
-        raise ShapeError(
-            type(module).__name__,
-            "one packed batch with row boundaries, no mask, no soft-cap",
-            got,
-            do,
-        )
+        expected = "one packed batch with row boundaries and no mask"
+        raise ShapeError(type(module).__name__, expected, got, do)
     bounds = cu_seq_lens_q.tolist()
     rows = []
     for start, stop in pairwise(bounds):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.cache import jsonfile
+from stillroom.cache.canary import canary_rows
 from stillroom.cache.commits import commit_path
 from stillroom.cache.errors import ConfigError, InputError
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
@@ -69,6 +70,8 @@ class Pipeline:
         """Run all rounds that are not finished; returns what all of them did."""
         if not all(self._log.finished(name) for name in self._stage_names()):
             self._check_prompts()
+        if not self._log.finished(TEACHER_TEXT):
+            self._check_teacher()
         self._cache, self._held = (
             Cache.create(r, self._identity) for r in (self._root, self._held_root)
         )
@@ -153,9 +156,9 @@ class Pipeline:
 
         files = open_policy(self._cache.storage, version)
         sampler = self._config.sampler
-        retired = retire_stale(self._cache, version, self._config.refresh.max_lag)
         cycle = refresh(self._cache, self._prompts, sampler, self._config.refresh, version)
         rollout(self._cache, cycle, self._prompts, lambda: TransformersSampler(files, sampler))
+        retired = retire_stale(self._cache, version, self._config.refresh.max_lag)
         parts = _parts(cycle)
         return [(self._root, f"rollouts/{part}.parquet") for part in parts], {
             "retired": len(retired)
@@ -270,6 +273,13 @@ class Pipeline:
                 f", {prompts.num_too_long} too long and left out" if prompts.num_too_long else ""
             )
             print(f"{config.source}: {len(prompts.prompts)} prompts{left_out}", flush=True)
+
+    def _check_teacher(self) -> None:
+        """A teacher that gives NaN is refused before anything is written."""
+        identity = self._identity
+        rows = canary_rows(identity.vocab_size, identity.max_length)
+        for _ in self._teacher.score(rows, identity.topk, identity.temperature):
+            pass
 
     def _check_output(self) -> None:
         path = self._output / "run.json"

@@ -104,6 +104,11 @@ class ReplayTrainer:
         self._checkpoints = output / "checkpoints" / run
         self.step = 0
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this process publishes and writes records for all ranks."""
+        return bool(self._accelerator.is_main_process)
+
     def train(self) -> TrainReport:
         """Train to the end, from the newest checkpoint if there is one.
 
@@ -192,7 +197,7 @@ class ReplayTrainer:
         if due:
             self._drift.merge(gather_object([self._drift.by_policy]))
             report.drift = self._drift.take()
-            if self._accelerator.is_main_process:
+            if self.is_main:
                 put_drift(self._cache.storage, self._run, self.step, report.drift)
         self._accelerator.log(
             {**values, "learning_rate": self._schedule.get_last_lr()[0]}, step=self.step
@@ -202,7 +207,7 @@ class ReplayTrainer:
             self._save(report)
 
     def _save(self, report: TrainReport) -> None:
-        if self._accelerator.is_main_process:
+        if self.is_main:
             progressed = Progressed(self.step, report.rows, report.positions, self.stream.state())
             keep = self._config.keep_checkpoints
             save_checkpoint(

@@ -1,0 +1,103 @@
+"""A causal language model in two: trunk and head give what the whole gives."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from stillroom.cache.causal_lm import head_logits, load_causal_lm, pick_device, trunk
+from stillroom.cache.errors import InputError
+from stillroom.cache.fingerprint import inspect_model
+from tests.conftest import VOCAB, save_llama, save_tokenizer
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+CPU = torch.device("cpu")
+
+
+def load(folder: Path, dtype: str = "float32") -> PreTrainedModel:
+    """Inspect and load."""
+    return load_causal_lm(inspect_model(str(folder)), dtype, CPU)
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "granite": {"logits_scaling": 3.0},
+    "gemma2": {"final_logit_softcapping": 2.0, "head_dim": 8, "initializer_range": 1.0},
+    "cohere": {"logit_scale": 5.0},
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_scales_and_caps_of_the_head_are_kept(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES, **HEADS[kind])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    model = load(tmp_path)
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        ours = head_logits(model, trunk(model, ids))
+        head = model.get_output_embeddings()
+        assert head is not None
+        bare = head(trunk(model, ids))
+    torch.testing.assert_close(ours, whole)
+    assert not torch.allclose(bare, whole, atol=1e-2)
+    monkeypatch.setattr(
+        "stillroom.cache.causal_lm.head_logits", lambda _, hidden: 7.0 * head(hidden)
+    )
+    with pytest.raises(InputError, match=rf"{tmp_path}: expected an output head that is one"):
+        load(tmp_path)
+
+
+def test_a_model_is_loaded_ready_to_read(teacher_dir: Path) -> None:
+    model = load(teacher_dir, "bfloat16")
+    assert not model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
+    path = save_llama(tmp_path, seed=0) / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"1 missing .*model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(tmp_path)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    path = save_llama(tmp_path, seed=0) / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = torch.ones(5)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=str(tmp_path)):
+        load(tmp_path)
+
+
+def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    path = save_llama(tmp_path, seed=0) / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"model_type": "nothing_like_it"}))
+    with pytest.raises(InputError, match=r"a causal language model; got .*nothing_like_it"):
+        load(tmp_path)
+
+
+def test_devices_by_name() -> None:
+    assert pick_device("cpu") == CPU
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
+    assert pick_device("auto").type in ("cpu", "cuda")

@@ -1,0 +1,145 @@
+"""The tables of columns, and the check of a whole shard."""
+
+import numpy as np
+import pytest
+from pcodec import ChunkConfig, standalone
+
+from stillroom.cache.errors import ShapeError
+from stillroom.cache.schema import (
+    BY_NAME,
+    COLUMNS,
+    EDGE_OF,
+    Arrays,
+    check_arrays,
+    column_of,
+    expected_shapes,
+)
+from tests.cache.fakes import TOPK, random_arrays
+
+STORED = [column for column in COLUMNS if column.width != "M"]
+NAMES = [column.name for column in STORED]
+
+
+@pytest.fixture
+def arrays() -> Arrays:
+    """A whole shard whose axes all differ in length."""
+    return random_arrays(seed=0, positions=30, sequences=4)
+
+
+def test_a_whole_shard_is_taken(arrays: Arrays) -> None:
+    check_arrays(arrays, TOPK, 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_column_is_named(arrays: Arrays, name: str) -> None:
+    del arrays[name]
+    with pytest.raises(ShapeError, match=rf"^column '{name}': expected .*; got nothing"):
+        check_arrays(arrays, TOPK, 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_column_of_another_dtype_is_named(arrays: Arrays, name: str) -> None:
+    arrays[name] = arrays[name].astype(np.float64)
+    with pytest.raises(ShapeError, match=rf"^column '{name}': .*got float64"):
+        check_arrays(arrays, TOPK, 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_column_of_another_rank_is_named(arrays: Arrays, name: str) -> None:
+    arrays[name] = arrays[name][..., None]
+    with pytest.raises(ShapeError, match=rf"^column '{name}'"):
+        check_arrays(arrays, TOPK, 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_column_without_a_dimension_is_refused(arrays: Arrays, name: str) -> None:
+    arrays[name] = arrays[name].flatten()[:1].reshape(())
+    with pytest.raises(ShapeError):
+        check_arrays(arrays, TOPK, 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_column_that_is_too_short_is_refused(arrays: Arrays, name: str) -> None:
+    arrays[name] = arrays[name][:-1]
+    with pytest.raises(ShapeError):
+        check_arrays(arrays, TOPK, 0)
+
+
+@pytest.mark.parametrize("name", sorted(EDGE_OF.values()))
+@pytest.mark.parametrize("offsets", [[1, 1, 2, 2], [0, 2, 1, 2], [0, 1, 2, 2**64 - 1]])
+def test_offsets_must_cut_their_axis(arrays: Arrays, name: str, offsets: list[int]) -> None:
+    end = int(arrays[name][-1])
+    arrays[name] = np.array([*offsets, end], np.uint64)
+    with pytest.raises(ShapeError, match=rf"^column '{name}': expected offsets from 0 up to {end}"):
+        check_arrays(arrays, TOPK, 0)
+
+
+def test_the_scored_mask_must_count_the_positions(arrays: Arrays) -> None:
+    arrays["scored"][:] = 0
+    with pytest.raises(ShapeError, match=r"^column 'scored': expected 30 ones"):
+        check_arrays(arrays, TOPK, 0)
+
+
+def test_another_topk_is_refused(arrays: Arrays) -> None:
+    with pytest.raises(ShapeError, match=r"^column 'topk_id': expected uint32\[30, 6\]"):
+        check_arrays(arrays, TOPK + 1, 0)
+
+
+def test_extra_columns_are_needed_when_there_are_extra_ids(arrays: Arrays) -> None:
+    with pytest.raises(ShapeError, match=r"^column 'extra_id'"):
+        check_arrays(arrays, TOPK, 3)
+
+
+@pytest.mark.parametrize("length", [4, 30])
+def test_a_user_column_goes_with_sequences_or_positions(arrays: Arrays, length: int) -> None:
+    check_arrays(arrays | {"x_reward": np.zeros(length, np.float32)}, TOPK, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("x_reward", np.zeros(4)),
+        ("x_reward", np.zeros(5, np.float32)),
+        ("x_reward", np.zeros((4, 2), np.float32)),
+        ("reward", np.zeros(4, np.float32)),
+        ("x_", np.zeros(4, np.float32)),
+        ("x_a/../b", np.zeros(4, np.float32)),
+    ],
+)
+def test_other_columns_are_refused_by_name(arrays: Arrays, name: str, array: np.ndarray) -> None:
+    with pytest.raises(ShapeError, match=f"^column '{name}'"):
+        check_arrays(arrays | {name: array}, TOPK, 0)
+
+
+@pytest.mark.parametrize("dtype", sorted({column.dtype for column in COLUMNS}))
+def test_the_codec_takes_every_dtype(dtype: str) -> None:
+    numbers = np.arange(100).astype(dtype)
+    back = standalone.simple_decompress(standalone.simple_compress(numbers, ChunkConfig()))
+    assert isinstance(back, np.ndarray)
+    assert back.dtype == numbers.dtype
+    assert (back == numbers).all()
+
+
+def test_names_are_unique_and_edges_belong_to_an_axis() -> None:
+    assert len(BY_NAME) == len(COLUMNS)
+    assert {c.name for c in COLUMNS if c.axis == "edge"} == {
+        "sequence_start",
+        "position_start",
+        "teacher_prompt_start",
+    }
+
+
+def test_shapes_follow_from_the_axes() -> None:
+    sizes = {"position": 7, "token": 9, "sequence": 2, "edge": 3, "teacher_token": 0}
+    shapes = expected_shapes(sizes, 4, 0)
+    assert shapes["topk_id"] == (7, 4)
+    assert shapes["position_start"] == (3,)
+    assert shapes["teacher_prompt"] == (0,)
+    assert "extra_id" not in shapes
+    assert expected_shapes(sizes, 4, 2)["extra_id"] == (7, 2)
+
+
+def test_a_user_column_is_float32_on_its_axis() -> None:
+    assert column_of("x_reward", "position").axis == "position"
+    assert column_of("x_reward").dtype == "float32"
+    assert column_of("token") is BY_NAME["token"]

@@ -1,0 +1,351 @@
+"""Objects below a root: put if absent, durable, and never outside."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stillroom.cache.errors import ForkedError, MissingError, StorageError
+from stillroom.cache.storage import Entry, Storage
+from tests.cache.fakes import LostReply
+
+BAD_PATHS = [
+    "",
+    "/x",
+    "../x",
+    "a/../../x",
+    "a//b",
+    "a/",
+    ".hidden",
+    "a/.b",
+    "a/./b",
+    "a\n",
+    "a\0b",
+    "-a",
+    "~",
+    "a b",
+    "ä",
+    "a\\b",
+]
+PUTTER = """
+import sys, time
+from pathlib import Path
+from stillroom.cache.storage import Storage
+root, name = sys.argv[1:]
+storage = Storage(root)
+print("ready", flush=True)
+sys.stdin.readline()
+print(" ".join(str(i) for i in range(60) if storage.put_new(f"a/b{i % 7}/k{i}", name.encode())))
+"""
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    """A storage whose root does not exist yet."""
+    return Storage(tmp_path / "root")
+
+
+@pytest.fixture(params=["local", "address"])
+def either(request: pytest.FixtureRequest, storage: Storage) -> Storage:
+    """A storage in a folder, and one behind an address."""
+    return storage if request.param == "local" else Storage("memory:///")
+
+
+def folder(storage: Storage) -> Path:
+    """The root of a local storage."""
+    return Path(storage.root)
+
+
+def test_a_first_put_wins_and_stays(either: Storage) -> None:
+    assert either.put_new("a/b.json", b"first")
+    assert not either.put_new("a/b.json", b"second")
+    assert either.get("a/b.json") == b"first"
+    assert either.size("a/b.json") == 5
+    assert either.exists("a/b.json")
+
+
+def test_a_put_leaves_no_other_file(storage: Storage) -> None:
+    storage.put_new("a/b.json", b"first")
+    storage.put_new("a/b.json", b"second")
+    assert [path.name for path in (folder(storage) / "a").iterdir()] == ["b.json"]
+
+
+def test_of_many_threads_one_wins_each_key(storage: Storage) -> None:
+    keys, threads = [f"x/y{i % 3}/{i}" for i in range(20)], 6
+    won: list[tuple[str, int]] = []
+    start = threading.Barrier(threads)
+
+    def put(me: int) -> None:
+        start.wait()
+        won.extend((key, me) for key in keys if storage.put_new(key, bytes([me]) * 1000))
+
+    workers = [threading.Thread(target=put, args=(me,)) for me in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(key for key, _ in won) == sorted(keys)
+    assert all(storage.get(key) == bytes([me]) * 1000 for key, me in won)
+
+
+@pytest.mark.dist
+def test_of_two_processes_one_wins_each_key(storage: Storage) -> None:
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", PUTTER, storage.root, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in "pq"
+    ]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    won = {}
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    for name, child in zip("pq", children, strict=True):
+        out, _ = child.communicate(timeout=60)
+        assert child.returncode == 0
+        won[name] = set(map(int, out.split()))
+    assert won["p"] | won["q"] == set(range(60))
+    assert not won["p"] & won["q"]
+    assert all(storage.get(f"a/b{i % 7}/k{i}") == name.encode() for name in "pq" for i in won[name])
+
+
+def test_what_is_not_there_is_missing(either: Storage) -> None:
+    either.put_new("a/b", b"")
+    assert either.get("a/b") == b""
+    for path in ("c", "a/c", "a"):
+        assert not either.exists(path)
+        with pytest.raises(MissingError, match=re.escape(either.describe(path))):
+            either.get(path)
+        with pytest.raises(MissingError):
+            either.get_ranges(path, [0], [1])
+    assert either.list("c") == []
+
+
+def test_a_root_that_is_not_there_is_empty(either: Storage) -> None:
+    assert either.list("commits") == []
+    assert not either.exists("cache.json")
+    with pytest.raises(MissingError):
+        either.get("cache.json")
+
+
+def test_a_root_below_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    storage = Storage(tmp_path / "file" / "root")
+    with pytest.raises(StorageError, match="to write a new object"):
+        storage.put_new("a/b", b"x")
+    assert not storage.exists("a/b")
+
+
+def test_a_put_below_an_object_fails(storage: Storage) -> None:
+    storage.put_new("a", b"x")
+    with pytest.raises(StorageError):
+        storage.put_new("a/b", b"y")
+    assert storage.get("a") == b"x"
+
+
+CALLS: dict[str, Callable[[Storage, str], object]] = {
+    "put_new": lambda storage, path: storage.put_new(path, b"x"),
+    "get": lambda storage, path: storage.get(path),
+    "get_ranges": lambda storage, path: storage.get_ranges(path, [0], [1]),
+    "size": lambda storage, path: storage.size(path),
+    "list": lambda storage, path: storage.list(path),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+@pytest.mark.parametrize("path", BAD_PATHS)
+def test_a_path_that_could_leave_the_root_is_refused(
+    storage: Storage, path: str, call: Callable[[Storage, str], object]
+) -> None:
+    (folder(storage).parent / "x").write_bytes(b"outside")
+    storage.put_new("a/b", b"inside")
+    with pytest.raises(StorageError, match="a plain relative path"):
+        call(storage, path)
+    assert (folder(storage).parent / "x").read_bytes() == b"outside"
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+@pytest.mark.parametrize("target", ["outside", "nowhere", "root/inside"])
+def test_a_symbolic_link_below_the_root_is_refused(
+    storage: Storage, target: str, call: Callable[[Storage, str], object]
+) -> None:
+    outside = folder(storage).parent / "outside"
+    outside.mkdir()
+    (outside / "b").write_bytes(b"outside")
+    storage.put_new("inside/b", b"inside")
+    (folder(storage) / "link").symlink_to(folder(storage).parent / target)
+    (folder(storage) / "inside" / "link").symlink_to(outside / "b")
+    for path in ("link", "link/b", "link/new", "inside/link"):
+        with pytest.raises(StorageError, match="no symbolic link below the root"):
+            call(storage, path)
+    assert [path.name for path in outside.iterdir()] == ["b"]
+
+
+def test_the_root_itself_may_be_a_link(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    folder(storage).symlink_to(tmp_path / "real")
+    assert storage.put_new("a/b", b"x")
+    assert storage.get("a/b") == b"x"
+    assert storage.list("a") == [Entry("a/b", 1)]
+
+
+def test_a_listing_is_sorted_and_ignores_what_is_not_ours(storage: Storage) -> None:
+    for path in ("a/c", "a/b/z", "a/b.json", "ab/c"):
+        storage.put_new(path, b"12")
+    for path in ("a/.0123.tmp", "a/.tmp/x", "a/with space", "a/b~"):
+        (folder(storage) / path).parent.mkdir(exist_ok=True)
+        (folder(storage) / path).write_bytes(b"x")
+    assert storage.list("a") == [Entry("a/b.json", 2), Entry("a/b/z", 2), Entry("a/c", 2)]
+
+
+def test_a_prefix_is_a_folder(either: Storage) -> None:
+    for path in ("a/c", "ab/c", "a/b/z"):
+        either.put_new(path, b"12")
+    assert either.list("a") == [Entry("a/b/z", 2), Entry("a/c", 2)]
+
+
+def test_ranges_come_in_the_order_asked(either: Storage) -> None:
+    data = bytes(range(256)) * 40
+    either.put_new("a", data)
+    starts, lengths = [9000, 0, 5, 5, 10_239], [100, 3, 1, 4, 1]
+    expected = [data[s : s + n] for s, n in zip(starts, lengths, strict=True)]
+    assert either.get_ranges("a", starts, lengths) == expected
+    assert either.get_ranges("a", [], []) == []
+
+
+def test_ranges_past_the_end_are_short(either: Storage) -> None:
+    either.put_new("a", b"0123456789")
+    assert either.get_ranges("a", [2, 8, 10, 99], [2, 5, 1, 1]) == [b"23", b"89", b"", b""]
+
+
+def test_the_probe_passes(either: Storage) -> None:
+    either.probe()
+    either.probe()
+    assert len(either.list("probe")) == 2
+
+
+class Overwriting(Storage):
+    """A storage that ignores the condition of a put."""
+
+    claims = True
+    """What it says of a second put."""
+
+    def put_new(self, path: str, data: bytes) -> bool:
+        """Write whatever is there."""
+        target = Path(self.root) / path
+        first = not target.exists()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+        return first or self.claims
+
+
+@pytest.mark.parametrize("claims", [True, False])
+def test_the_probe_finds_a_storage_that_overwrites(tmp_path: Path, claims: bool) -> None:
+    storage = Overwriting(tmp_path)
+    storage.claims = claims
+    with pytest.raises(StorageError, match=r"a second put of the same key to be refused.*b'second"):
+        storage.probe()
+
+
+def test_the_probe_finds_a_storage_that_refuses_the_first_put(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="first put False"):
+        LostReply(tmp_path, "probe", "exists").probe()
+
+
+def test_a_put_is_on_disk_before_it_is_reported(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, events = folder(storage), list[tuple[str, int]]()
+    fsync, link, mkdir = os.fsync, os.link, os.mkdir
+
+    def recorded_fsync(handle: int) -> None:
+        fsync(handle)
+        events.append(("fsync", os.fstat(handle).st_ino))
+
+    def recorded_link(source: Path, target: Path) -> None:
+        link(source, target)
+        events.append(("link", target.stat().st_ino))
+
+    def recorded_mkdir(path: Path, mode: int = 0o777) -> None:
+        mkdir(path, mode)
+        events.append(("mkdir", path.stat().st_ino))
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "link", recorded_link)
+    monkeypatch.setattr(os, "mkdir", recorded_mkdir)
+    assert storage.put_new("a/b/c", b"x")
+
+    def inode(path: str) -> int:
+        return (root / path).stat().st_ino
+
+    assert events == [
+        ("mkdir", inode(".")),
+        ("fsync", inode("..")),
+        ("mkdir", inode("a")),
+        ("fsync", inode(".")),
+        ("mkdir", inode("a/b")),
+        ("fsync", inode("a")),
+        ("fsync", inode("a/b/c")),
+        ("link", inode("a/b/c")),
+        ("fsync", inode("a/b")),
+    ]
+    events.clear()
+    assert storage.put_new("a/b/d", b"y")
+    assert events == [
+        ("fsync", inode("a/b/d")),
+        ("link", inode("a/b/d")),
+        ("fsync", inode("a/b")),
+    ]
+
+
+@pytest.mark.parametrize("broken", ["fsync", "link"])
+def test_a_put_that_cannot_be_made_durable_fails_and_leaves_nothing(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    storage.put_new("a/b", b"x")
+
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, broken, refuse)
+    with pytest.raises(StorageError, match=r"a/c: expected to write.*Operation not supported"):
+        storage.put_new("a/c", b"x")
+    assert [path.name for path in (folder(storage) / "a").iterdir()] == ["b"]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("call", ["put_new", "get", "get_ranges", "list"])
+def test_a_forked_child_may_not_use_it(storage: Storage, call: str) -> None:
+    storage.put_new("a/b", b"x")
+    path = {"put_new": "a/c", "list": "a"}.get(call, "a/b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads of other tests
+        child = os.fork()
+    if child == 0:
+        try:
+            CALLS[call](storage, path)
+        except ForkedError:
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert not storage.exists("a/c")
+
+
+def test_messages_name_the_object(tmp_path: Path) -> None:
+    assert Storage(tmp_path).describe("a/b") == f"{tmp_path}/a/b"
+    assert Storage("s3://bucket/prefix").describe("a/b") == "s3://bucket/prefix/a/b"
