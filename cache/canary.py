@@ -144,10 +144,12 @@ def _difference(first: dict[str, Any], second: dict[str, Any]) -> Difference:
 def _kl(first: dict[int, float], second: dict[int, float]) -> float:
     """KL over the ids that both kept, and one bucket for all else."""
     common = sorted(first.keys() & second.keys())
-    p = np.exp([first[i] for i in common], dtype=np.float64)
-    q = np.exp([second[i] for i in common], dtype=np.float64)
+    log_p = np.array([first[i] for i in common])
+    log_q = np.array([second[i] for i in common])
+    p, q = np.exp(log_p), np.exp(log_q)
     p_rest, q_rest = max(1 - p.sum(), 1e-6), max(1 - q.sum(), 1e-6)
-    return float((p * np.log(p / q)).sum() + p_rest * np.log(p_rest / q_rest))
+    kept = (p[p > 0] * (log_p - log_q)[p > 0]).sum()
+    return float(kept + p_rest * np.log(p_rest / q_rest))
 
 
 def _first(cache: Cache, paths: list[str]) -> str:

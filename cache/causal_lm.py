@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from stillroom.cache.errors import InputError
+from stillroom.cache.errors import ConfigError, InputError
 from stillroom.cache.fingerprint import ModelFiles
 
 PROBE_TOKENS = 8
@@ -19,10 +19,22 @@ HEAD_TOLERANCE = 0.05
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is CUDA if there is one, else the CPU."""
+    """The device of that name; `auto` is CUDA if there is one, else the CPU.
+
+    Raises:
+        ConfigError: no such device here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).splitlines()[0]
+        raise ConfigError(
+            "device", "one of this machine, or auto", f"{name!r}: {cause}", "Use auto."
+        ) from error
+    return device
 
 
 def load_causal_lm(files: ModelFiles, dtype: str, device: torch.device) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from typing import Any
 
 from stillroom.cache import jsonfile
 from stillroom.cache.errors import InputError, MissingError
+from stillroom.cache.storage import local_path
 
 VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache")
 SAMPLE_BYTES = 4096
@@ -45,7 +46,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
     Raises:
         MissingError: there is no such folder and no such model.
     """
-    path = Path(model).expanduser()
+    path = local_path(model)
     if path.is_dir():
         return path
     if model.startswith((".", "/", "~")) or model.count("/") != 1:

@@ -14,7 +14,7 @@ import numpy as np
 
 from stillroom.cache.canary import check_canary
 from stillroom.cache.errors import CorruptError, InputError, NumericsError
-from stillroom.cache.part import part_arrays
+from stillroom.cache.part import check_rows, part_arrays
 from stillroom.cache.progress import Progress
 from stillroom.cache.schema import Arrays
 from stillroom.cache.store import Cache, ScoredBy
@@ -55,15 +55,17 @@ def score(cache: Cache, teacher: Teacher, *, accept_numerics: bool = False) -> S
     parts = cache.unscored()
     if not parts:
         return report
+    cache.storage.check_conditional_puts()
     check_canary(cache, teacher, accept_numerics=accept_numerics)
     for part in parts:
-        if part not in cache.commits():
+        if not cache.is_scored(part):
             _score_part(cache, teacher, part, report)
     return report
 
 
 def _score_part(cache: Cache, teacher: Teacher, part: str, report: ScoreReport) -> None:
     table, meta, rollouts_hash = cache.read_part(part)
+    check_rows(table, meta.vocab_size, part, cache.identity.max_length)
     arrays = part_arrays(table)
     start = time.perf_counter()
     scores = _run_teacher(cache, teacher, part, score_rows(arrays))

@@ -144,5 +144,5 @@ class Shard:
 def _verify(data: bytes, expected: str, where: str) -> None:
     found = jsonfile.digest(data)
     if found != expected:
-        do = "It was damaged after its commit: run 'stillroom verify', then score the part again."
+        do = "It was damaged after its commit: restore it, or run 'stillroom score --again PART'."
         raise CorruptError(where, f"bytes with hash {expected}", f"{found} ({len(data)} bytes)", do)

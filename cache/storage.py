@@ -17,7 +17,7 @@ from typing import Any
 import obstore
 from obstore.store import LocalStore, ObjectStore
 
-from stillroom.cache.errors import ForkedError, MissingError, StorageError
+from stillroom.cache.errors import ConfigError, ForkedError, MissingError, StorageError
 
 SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
@@ -40,12 +40,12 @@ class Storage:
 
     def __init__(self, root: str | os.PathLike[str], **options: Any) -> None:
         """Bind to the root; nothing is read or made."""
-        self.root = os.fspath(root)
+        self.root = os.fspath(root).removeprefix("file://")
         self.is_local = "://" not in self.root
         self._pid = os.getpid()
         self._options = options
         self._store: ObjectStore | None = None
-        self._folder = Path(self.root).expanduser().absolute()
+        self._folder = local_path(self.root).absolute()
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -64,6 +64,11 @@ class Storage:
             else:
                 self._store = obstore.store.from_url(self.root, **self._options)
         return self._store
+
+    @property
+    def folder(self) -> Path:
+        """The root's folder; only where `is_local`."""
+        return self._folder
 
     def describe(self, path: str) -> str:
         """Full name of an object, for messages."""
@@ -177,6 +182,11 @@ class Storage:
                 "This storage ignores conditional puts: use another one.",
             )
 
+    def check_conditional_puts(self) -> None:
+        """Probe before writing where another host may have changed what the storage does."""
+        if not self.is_local:
+            self.probe()
+
     def _put_local(self, target: Path, data: bytes) -> bool:
         try:
             self._make_folder(target.parent)
@@ -246,6 +256,18 @@ class Storage:
             _first_line(error),
             "Check that the root can be written; give buckets as s3:// or gs://, not mounted.",
         )
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """A path with `~` expanded.
+
+    Raises:
+        ConfigError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(os.fspath(path), "a path", str(error), "Write the path out.") from error
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -107,13 +107,7 @@ class Cache:
             InputError: a row cannot be scored.
             MismatchError: the rollouts were tokenised with another tokenizer.
         """
-        if (meta.tokenizer_fingerprint, meta.vocab_size) != self._tokenizer():
-            raise MismatchError(
-                meta.name,
-                f"tokenizer and vocabulary {self._tokenizer()}",
-                f"{(meta.tokenizer_fingerprint, meta.vocab_size)}",
-                "Sample with a student that has the teacher's tokenizer.",
-            )
+        self._check_meta(meta.name, meta)
         data = encode_part(table, meta, self.identity.max_length)
         return self.storage.put_new(_part_path(meta.name), data)
 
@@ -123,10 +117,12 @@ class Cache:
         Raises:
             MissingError: there is no such part.
             CorruptError: it cannot be read.
+            MismatchError: it is another part, or was tokenised with another tokenizer.
         """
         path = _part_path(part)
         data = self.storage.get(path)
         table, meta = decode_part(data, self.storage.describe(path))
+        self._check_meta(part, meta)
         return table, meta, jsonfile.digest(data)
 
     def commits(self) -> dict[str, int]:
@@ -145,6 +141,30 @@ class Cache:
                 f"part {part}", "a commit", "none", "Score it with 'stillroom score'."
             )
         return read_commit(self.storage, commit_path(part, n))
+
+    def is_scored(self, part: str) -> bool:
+        """Whether a part has a live commit; asks for one object only."""
+        return self.storage.exists(commit_path(part, self._next_n(part)))
+
+    def quarantine(self, part: str, reason: str) -> None:
+        """Take a part's live commit out of use, so that it can be scored again; nothing is deleted.
+
+        Raises:
+            MissingError: the part is not scored.
+        """
+        n = self.commit_of(part).n
+        value = {"part": part, "n": n, "reason": reason}
+        self.storage.put_new(f"quarantine/{part}.{n}.json", jsonfile.dump(value))
+
+    def read(self, part: str, start: int = 0, stop: int | None = None) -> Arrays:
+        """All columns of the sequences [start, stop) of a part's shard, verified.
+
+        Raises:
+            MissingError: the part is not scored.
+            CorruptError: stored bytes are damaged; names the object.
+        """
+        commit = self.commit_of(part)
+        return self.shard(commit).rows(start, commit.rows if stop is None else stop)
 
     def unscored(self) -> list[str]:
         """Parts without a live commit that are not retired."""
@@ -199,7 +219,7 @@ class Cache:
         lengths = [np.diff(arrays[e]) for e in ("sequence_start", "position_start")]
         commit = Commit(
             part=meta.name,
-            n=self._next_n(meta),
+            n=self._next_n(meta.name),
             attempt=attempt,
             identity=self.identity.digest(),
             manifest_hash=jsonfile.digest(manifest),
@@ -237,13 +257,19 @@ class Cache:
             )
         return Shard(self.storage, commit, self.identity.topk, self.identity.extra)
 
-    def _tokenizer(self) -> tuple[str, int]:
-        return self.identity.tokenizer_fingerprint, self.identity.vocab_size
+    def _check_meta(self, part: str, meta: PartMeta) -> None:
+        mine = (part, self.identity.tokenizer_fingerprint, self.identity.vocab_size)
+        theirs = (meta.name, meta.tokenizer_fingerprint, meta.vocab_size)
+        if theirs != mine:
+            where = self.storage.describe(_part_path(part))
+            do = "Sample with a student that has the teacher's tokenizer; do not rename parts."
+            expected = f"part, tokenizer and vocabulary {mine}"
+            raise MismatchError(where, expected, f"{theirs}", do)
 
-    def _next_n(self, meta: PartMeta) -> int:
+    def _next_n(self, part: str) -> int:
         """One past the quarantined commits of a part; 0 if there are none."""
         entries = [e.path.rsplit("/", 1)[1] for e in self.storage.list("quarantine")]
-        return sum(name.startswith(f"{meta.name}.") for name in entries)
+        return sum(name.startswith(f"{part}.") for name in entries)
 
     def _attributes(self, meta: PartMeta, arrays: Arrays) -> dict[str, Any]:
         sequences = len(arrays["prompt_length"])

@@ -66,22 +66,28 @@ def policy_versions(storage: Storage) -> list[int]:
 def policy_folder(storage: Storage, policy: Policy) -> Path:
     """Where a policy's weights lie."""
     folder = Path(policy.path)
-    return folder if folder.is_absolute() else Path(storage.root).expanduser().absolute() / folder
+    return folder if folder.is_absolute() else storage.folder / folder
 
 
-def open_policy(storage: Storage, version: int) -> ModelFiles:
+def open_policy(storage: Storage, version: int, known: ModelFiles | None = None) -> ModelFiles:
     """Inspect a policy's weights.
+
+    Args:
+        storage: the cache's.
+        version: which policy.
+        known: a student at hand; if it is that policy it is taken, wherever it lies.
 
     Raises:
         MismatchError: they are not the ones that were published.
         MissingError: they are gone.
     """
     policy = read_policy(storage, version)
+    if known is not None and known.fingerprint == policy.fingerprint:
+        return known
     folder = policy_folder(storage, policy)
     if not folder.is_dir():
-        raise MissingError(
-            str(folder), f"the weights of policy {version}", "no folder", "Restore the folder."
-        )
+        do = "Restore it, or name the folder of the same weights with --student."
+        raise MissingError(str(folder), f"the weights of policy {version}", "no folder", do)
     files = inspect_model(str(folder))
     if files.fingerprint != policy.fingerprint:
         do = "The folder was changed after it was published: restore it, or start a new root."

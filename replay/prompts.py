@@ -4,15 +4,16 @@ A row has `messages` (chat), or `prompt` or `text` (plain, taken as one user mes
 tokenizer has a chat template). Prompts that are too long are left out and counted, never cut.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stillroom.cache.errors import ConfigError, InputError, MissingError
 from stillroom.cache.part import prompt_id
+from stillroom.cache.storage import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +66,8 @@ class Prompts:
 
     prompts: tuple[Prompt, ...]
     num_too_long: int
+    num_duplicates: int = 0
+    """Prompts that render to the same ids as an earlier one, and were left out."""
 
 
 def load_prompts(config: PromptsConfig, tokenizer: "PreTrainedTokenizerBase", room: int) -> Prompts:
@@ -87,7 +90,7 @@ def load_prompts(config: PromptsConfig, tokenizer: "PreTrainedTokenizerBase", ro
     rows = _read(config)
     column = _column(config, rows.column_names)
     rendered = [
-        _render(value, tokenizer, f"{config.source}, row {i}")
+        _render(_messages(value, column), tokenizer, f"{config.source}, row {i}")
         for i, value in enumerate(rows[column])
     ]
     names = rows["prompt_name"] if "prompt_name" in rows.column_names else [None] * len(rendered)
@@ -102,13 +105,15 @@ def load_prompts(config: PromptsConfig, tokenizer: "PreTrainedTokenizerBase", ro
         do = "Raise prompts.max_tokens, lower sampler.max_new_tokens, or use shorter prompts."
         expected = f"a prompt of at most {longest} tokens, which leaves room for a completion"
         raise InputError(config.source, expected, f"none; the shortest has {shortest}", do)
-    return Prompts(tuple(_unique(prompts)), len(rendered) - len(prompts))
+    unique = _unique(prompts)
+    too_long, duplicates = len(rendered) - len(prompts), len(prompts) - len(unique)
+    return Prompts(tuple(unique), too_long, duplicates)
 
 
 def _read(config: PromptsConfig) -> Any:
     import datasets
 
-    path = Path(config.source).expanduser()
+    path = local_path(config.source)
     loader = LOADERS.get(path.suffix)
     datasets.disable_progress_bars()
     if loader and not path.is_file():
@@ -139,6 +144,16 @@ def _column(config: PromptsConfig, names: Sequence[str]) -> str:
             return name
     do = "Rename the column that holds the prompts, or set prompts.column."
     raise InputError(config.source, f"a column {' or '.join(wanted)}", f"{sorted(names)}", do)
+
+
+def _messages(value: Any, column: str) -> Any:
+    """Messages that a CSV file holds as JSON text are parsed; nothing else is changed."""
+    if column != "messages" or not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return [value]
 
 
 def _render(value: Any, tokenizer: "PreTrainedTokenizerBase", where: str) -> np.ndarray:

@@ -11,8 +11,15 @@ from typing import Any
 from stillroom.cache.errors import ConfigError, MismatchError
 from stillroom.cache.part import policy_of
 from stillroom.cache.store import Cache
+from stillroom.replay.cycle import (
+    Cycle,
+    Unit,
+    has_cycle,
+    load_cycle,
+    plan_cycle,
+    store_cycle,
+)
 from stillroom.replay.prompts import Prompt
-from stillroom.replay.rollout import Cycle, Unit, plan_cycle, store_cycle
 from stillroom.replay.sampler import SamplerConfig
 
 
@@ -96,9 +103,8 @@ def stalest(cache: Cache, prompts: Sequence[Prompt], policy_version: int) -> lis
     their own order."""
     newest: dict[int, int] = {}
     for version in range(policy_version):
-        path = f"units/{cycle_name(version)}.json"
-        if cache.storage.exists(path):
-            cycle = Cycle.from_json(cache.storage.get(path), path)
+        if has_cycle(cache, cycle_name(version)):
+            cycle = load_cycle(cache, cycle_name(version))
             newest |= dict.fromkeys((i for unit in cycle.units for i in unit.prompt_ids), version)
     return sorted(prompts, key=lambda prompt: newest.get(prompt.id, -1))
 

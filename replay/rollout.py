@@ -1,70 +1,23 @@
 """The rollout job: a student samples what a plan asks for, and each unit of it becomes a part.
 
-A *unit* is a policy, prompts, sampler settings and a seed; its id is a hash of those, and names the
-part. A *cycle* is the list of units of one round. Running a plan again adds nothing for units that
-have their part.
+Running a plan again adds nothing for units that have their part.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
-from stillroom.cache import jsonfile
-from stillroom.cache.errors import ConfigError, CorruptError, InputError
+from stillroom.cache.errors import InputError
 from stillroom.cache.part import PartMeta, rollout_id
 from stillroom.cache.progress import Progress
 from stillroom.cache.schema import PART_SCHEMA
 from stillroom.cache.store import Cache
+from stillroom.replay.cycle import Cycle, Unit
 from stillroom.replay.prompts import Prompt
-from stillroom.replay.sampler import Sampled, SamplerConfig, StudentSampler
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Unit:
-    """A planned piece of sampling."""
-
-    policy_version: int
-    source: str
-    """Who samples: student or teacher."""
-    prompt_ids: tuple[int, ...]
-    """Prompts, each sampled `samples_per_prompt` times."""
-    sampler: dict[str, Any]
-    """Settings that decide the distribution."""
-    seed: int
-
-    @property
-    def id(self) -> str:
-        """16 hexadecimal digits."""
-        return jsonfile.digest(jsonfile.dump(asdict(self)))[:16]
-
-
-@dataclass(frozen=True, slots=True)
-class Cycle:
-    """One round of sampling."""
-
-    units: tuple[Unit, ...]
-
-    def to_json(self) -> bytes:
-        """Canonical bytes."""
-        return jsonfile.dump({"units": [asdict(unit) for unit in self.units]})
-
-    @staticmethod
-    def from_json(data: bytes, where: str) -> "Cycle":
-        """Parse a stored cycle.
-
-        Raises:
-            CorruptError: it is not one.
-        """
-        value = jsonfile.load(data, where)
-        try:
-            units = [{**u, "prompt_ids": tuple(u["prompt_ids"])} for u in value["units"]]
-        except (KeyError, TypeError) as error:
-            do = "Restore the file."
-            raise CorruptError(where, "a plan of units", f"no usable {error}", do) from error
-        return Cycle(tuple(jsonfile.build(Unit, u, where) for u in units))
+from stillroom.replay.sampler import Sampled, StudentSampler
 
 
 @dataclass(slots=True)
@@ -79,72 +32,30 @@ class RolloutReport:
     """Seconds spent sampling."""
 
 
-def plan_cycle(
-    prompts: Sequence[Prompt],
-    config: SamplerConfig,
-    *,
-    policy_version: int,
-    seed: int,
-    unit_rollouts: int,
-    source: str = "student",
-) -> Cycle:
-    """Cut prompts into units of at most `unit_rollouts` rollouts (a prompt's samples stay
-    together)."""
-    if unit_rollouts < 1:
-        raise ConfigError("unit_rollouts", "at least 1", f"{unit_rollouts}", "Raise it.")
-    size = max(1, unit_rollouts // config.samples_per_prompt)
-    groups = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-    units = [
-        Unit(
-            policy_version=policy_version,
-            source=source,
-            prompt_ids=tuple(p.id for p in group),
-            sampler=config.recorded(),
-            seed=seed,
-        )
-        for group in groups
-    ]
-    return Cycle(tuple(units))
-
-
-def store_cycle(cache: Cache, name: str, cycle: Cycle) -> Cycle:
-    """Store a cycle's plan under a name; the plan that is there first holds.
-
-    Returns:
-        The stored plan.
-    """
-    path = f"units/{name}.json"
-    cache.storage.put_new(path, cycle.to_json())
-    return Cycle.from_json(cache.storage.get(path), cache.storage.describe(path))
-
-
 def rollout(
-    cache: Cache,
-    cycle: Cycle,
-    prompts: Sequence[Prompt],
-    make_sampler: Callable[[], StudentSampler],
+    cache: Cache, cycle: Cycle, make_sampler: Callable[[], StudentSampler]
 ) -> RolloutReport:
     """Sample every unit of a cycle that has no part.
 
     Args:
         cache: where the parts go.
         cycle: what to sample.
-        prompts: prompts among which the units' are found by id.
         make_sampler: gives the sampler; called only if there is something to sample.
 
     Raises:
-        InputError: a planned prompt is not among the prompts.
+        InputError: a unit's prompt is not among the cycle's.
     """
     report = RolloutReport()
-    by_id = {prompt.id: prompt for prompt in prompts}
+    by_id = {prompt.id: prompt for prompt in cycle.prompts}
     missing = [unit for unit in cycle.units if not cache.has_part(unit.policy_version, unit.id)]
     if not missing:
         return report
+    cache.storage.check_conditional_puts()
     sampler = make_sampler()
     for unit in missing:
         unknown = [i for i in unit.prompt_ids if i not in by_id]
         if unknown:
-            do = "Use the prompts that the plan was made from."
+            do = "Make the plan with cycle.plan_cycle."
             raise InputError(
                 f"unit {unit.id}", "its prompts", f"no prompt with id {unknown[0]}", do
             )
@@ -184,6 +95,7 @@ def _sample_unit(
 def _record(
     unit: Unit, index: int, prompt: Prompt, sample: int, sampled: Sampled
 ) -> dict[str, Any]:
+    version = unit.policy_version if unit.source == "student" else -1
     return {
         "rollout_id": rollout_id(unit.id, index),
         "prompt_id": prompt.id,
@@ -197,7 +109,7 @@ def _record(
         "teacher_prompt": None,
         "finish_reason": sampled.finish_reason,
         "source": unit.source,
-        "policy_version_min": unit.policy_version,
-        "policy_version_max": unit.policy_version,
+        "policy_version_min": version,
+        "policy_version_max": version,
         "ends_with_stop": sampled.finish_reason == "stop",
     }

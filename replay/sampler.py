@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from stillroom.cache.errors import ConfigError
+from stillroom.cache.teacher import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,10 @@ class SamplerConfig:
             got = f"{self.samples_per_prompt}, {self.max_new_tokens} and {self.batch_rows}"
             names = "sampler.samples_per_prompt, max_new_tokens, batch_rows"
             raise ConfigError(names, "at least 1", got, "Raise them.")
+        if self.dtype not in DTYPES:
+            raise ConfigError(
+                "sampler.dtype", f"one of {DTYPES}", repr(self.dtype), "Change the setting."
+            )
         if not (0 < self.temperature < float("inf") and 0 < self.top_p <= 1 and self.top_k >= 0):
             got = f"{self.temperature}, {self.top_p} and {self.top_k}"
             expected = "a positive number, a probability above 0, and a count of 0 or more"

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "tools": {"cache", "replay", "train", "tools"},
 }
 MAX_LINES = 500
+MAX_FUNCTION_LINES = 60
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -99,6 +100,31 @@ def test_no_file_is_too_long() -> None:
     files = python_files(*MAY_IMPORT, "tests", "examples")
     lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in files}
     assert not {name: count for name, count in lines.items() if count > MAX_LINES}
+
+
+def function_lines(source: str) -> dict[str, int]:
+    """Lines of every function by its first line and name, decorators and docstring included."""
+    found = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = min(part.lineno for part in (node, *node.decorator_list))
+            found[f"{first}: {node.name}"] = (node.end_lineno or first) - first + 1
+    return found
+
+
+def test_no_function_is_too_long() -> None:
+    lines = {
+        f"{path.relative_to(ROOT)}:{name}": count
+        for path in python_files(*MAY_IMPORT)
+        for name, count in function_lines(path.read_text()).items()
+    }
+    assert lines
+    assert not {name: count for name, count in lines.items() if count > MAX_FUNCTION_LINES}
+
+
+def test_decorators_and_docstrings_count() -> None:
+    source = "@cache\n@more(\n    1\n)\ndef a():\n    'doc'\n\n    async def b(): ...\n"
+    assert function_lines(source) == {"1: a": 8, "8: b": 1}
 
 
 @pytest.mark.dist

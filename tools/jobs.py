@@ -1,6 +1,5 @@
 """The settings of each job, filled by a YAML file and flags. `run` has `train.config.RunConfig`."""
 
-import re
 from dataclasses import dataclass, field
 
 from stillroom.cache.errors import ConfigError
@@ -8,9 +7,7 @@ from stillroom.cache.teacher import TeacherConfig
 from stillroom.replay.prompts import PromptsConfig
 from stillroom.replay.refresh import RefreshConfig
 from stillroom.replay.sampler import SamplerConfig
-from stillroom.train.config import TrainConfig
-
-RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+from stillroom.train.config import RUN_NAME, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +58,9 @@ class ScoreJob:
     """K, if given, is compared with the cache's."""
     temperature: float | None = None
     """If given, is compared with the cache's."""
+    again: str | None = None
+    """A part whose scores are damaged or unwanted: its commit is set aside and it is scored anew;
+    nothing is deleted."""
     accept_numerics: bool = False
     """A person has confirmed that an engine, version, dtype or device that is new to the cache may
     fill it too."""
@@ -76,6 +76,8 @@ class TrainJob:
     """Folder for logs and checkpoints."""
     run: str
     """Name of the run, for records in the cache: letters, digits, dots, dashes and underscores."""
+    student: str | None = None
+    """Folder of the initial student on this machine, if it lies elsewhere than when it was named."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How the student is trained."""
 
@@ -94,6 +96,8 @@ class RefreshJob:
     """The cache: a folder, or an address such as s3://bucket/prefix."""
     prompts: PromptsConfig
     """Prompts; those sampled longest ago come first."""
+    student: str | None = None
+    """Folder of the initial student on this machine, if it lies elsewhere than when it was named."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How rollouts are sampled."""
     refresh: RefreshConfig = field(default_factory=RefreshConfig)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from stillroom.cache.errors import CorruptError, MismatchError, MissingError
 from stillroom.cache.fingerprint import vocab_fingerprint
+from stillroom.cache.storage import local_path
 from stillroom.cache.store import Cache
 from stillroom.replay.policies import policy_folder, policy_versions, read_policy
 
@@ -50,7 +51,7 @@ def open_texts(cache: Cache, folder: str | None) -> Texts:
         MismatchError: it is not the tokenizer of this cache.
     """
     if folder is not None:
-        return Texts(_load(cache, Path(folder).expanduser()))
+        return Texts(_load(cache, local_path(folder)))
     texts = Texts()
     for place in _places(cache):
         try:
@@ -86,7 +87,7 @@ def _load(cache: Cache, folder: Path) -> "Tokenizer":
 def _places(cache: Cache) -> Iterator[Path]:
     if 0 in policy_versions(cache.storage):
         yield policy_folder(cache.storage, read_policy(cache.storage, 0))
-    yield Path(cache.identity.teacher.name).expanduser()
+    yield local_path(cache.identity.teacher.name)
 
 
 def _lost_space(text: str, piece: str) -> bool:

@@ -10,7 +10,7 @@ from stillroom.cache.commits import FILE, Commit, commit_path, read_commit
 from stillroom.cache.part import check_rows, policy_of
 from stillroom.cache.store import Cache
 from stillroom.replay.policies import open_policy, policy_path, policy_versions
-from stillroom.replay.rollout import Cycle
+from stillroom.replay.cycle import Cycle
 from stillroom.tools.findings import DAMAGE, Finding, Report
 from stillroom.tools.verify_shard import verify_shard
 

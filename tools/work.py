@@ -5,14 +5,13 @@ before anything is written. torch is imported only where a model runs.
 """
 
 from dataclasses import asdict
-from pathlib import Path
 
 from stillroom.cache import jsonfile
 from stillroom.cache.errors import InputError, MissingError
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.identity import Identity
 from stillroom.cache.score import score
-from stillroom.cache.storage import Storage
+from stillroom.cache.storage import Storage, local_path
 from stillroom.cache.store import IDENTITY_PATH, Cache
 from stillroom.cache.teacher import identity_of
 from stillroom.replay.policies import check_student, open_policy, policy_versions, register_initial
@@ -56,7 +55,7 @@ def roll_out(job: RolloutJob) -> int:
     if student is not None and not versions and version == 0:
         files = student
     else:
-        files = open_policy(cache.storage, version)
+        files = open_policy(cache.storage, version, student)
     prompts = _prompts(cache, files, job.prompts, job.sampler)
     if student is not None:
         register_initial(cache.storage, student, "rollout")
@@ -68,7 +67,7 @@ def refresh_newest(job: RefreshJob) -> int:
     """`stillroom refresh`."""
     cache = Cache.open(job.root)
     version = _newest(cache)
-    files = open_policy(cache.storage, version)
+    files = open_policy(cache.storage, version, _known(job.student))
     prompts = _prompts(cache, files, job.prompts, job.sampler)
     _sample(cache, files, version, prompts, job)
     retired = retire_stale(cache, version, job.refresh.max_lag)
@@ -85,6 +84,8 @@ def score_all(job: ScoreJob) -> int:
     temperature = known.temperature if job.temperature is None else job.temperature
     identity = identity_of(files, job.teacher, topk, temperature)
     known.check_same(identity, cache.storage.describe(IDENTITY_PATH))
+    if job.again is not None:
+        cache.quarantine(job.again, "scored again by request")
     if not cache.unscored():
         say(f"score: nothing to do, {len(cache.commits())} parts are scored")
         return 0
@@ -104,16 +105,23 @@ def score_all(job: ScoreJob) -> int:
 def train_newest(job: TrainJob) -> int:
     """`stillroom train`."""
     cache = Cache.open(job.root)
-    version = _newest(cache)
-    files = open_policy(cache.storage, version)
+    _newest(cache)
     if not cache.commits().keys() - cache.retired():
         do = "Run 'stillroom rollout' and 'stillroom score' first."
         raise InputError(cache.storage.root, "scored parts to train on", "none", do)
+    from stillroom.train.parallel import same_on_all_ranks
     from stillroom.train.publish import publish
-    from stillroom.train.trainer import ReplayTrainer
+    from stillroom.train.trainer import ReplayTrainer, snapshot_for
 
-    output = Path(job.output).expanduser().absolute()
-    snapshot = cache.snapshot()
+    output = local_path(job.output).absolute()
+
+    def choose() -> tuple[int, str]:
+        newest = _newest(cache)
+        return newest, snapshot_for(cache, output, f"{job.run}-{newest:06d}").id
+
+    version, snapshot_id = same_on_all_ranks(choose, on_cpu=job.train.device == "cpu")
+    files = open_policy(cache.storage, version, _known(job.student))
+    snapshot = cache.open_snapshot(snapshot_id)
     name = f"{job.run}-{version:06d}"
     trainer = ReplayTrainer(files, version, cache, snapshot, job.train, output, name)
     report = trainer.train()
@@ -156,6 +164,10 @@ def _student(model: str, identity: Identity) -> ModelFiles:
     return files
 
 
+def _known(student: str | None) -> ModelFiles | None:
+    return None if student is None else inspect_model(student)
+
+
 def _newest(cache: Cache) -> int:
     versions = policy_versions(cache.storage)
     if not versions:
@@ -181,7 +193,7 @@ def _sample(
     from stillroom.replay.transformers_sampler import TransformersSampler
 
     cycle = refresh(cache, prompts.prompts, job.sampler, job.refresh, version)
-    report = rollout(cache, cycle, prompts.prompts, lambda: TransformersSampler(files, job.sampler))
+    report = rollout(cache, cycle, lambda: TransformersSampler(files, job.sampler))
     num_planned = sum(len(unit.prompt_ids) for unit in cycle.units)
     rate = report.positions / report.sample_s if report.sample_s else 0.0
     say(

@@ -53,8 +53,7 @@ def row_attention(
         InputError: the architecture has a soft-cap on attention scores.
     """
     if softcap is not None:
-        do = "Choose a student of another architecture."
-        expected = "attention without a soft-cap on its scores"
+        expected, do = "attention without a soft-cap", "Choose a student of another architecture."
         raise InputError(type(module).__name__, expected, f"a soft-cap of {softcap}", do)
     if cu_seq_lens_q is None or attention_mask is not None or query.shape[0] != 1:
         got = f"batch {query.shape[0]}, mask {attention_mask is not None}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors.torch import load_model, save_model
 
 from stillroom.cache import jsonfile
@@ -14,6 +15,8 @@ from stillroom.cache.errors import CorruptError, MissingError
 from stillroom.train.durable import write_folder
 
 FILES = ("model.safetensors", "training.pt", "state.json")
+COMPLETE = "complete.json"
+DAMAGED = "It is half written or damaged: delete it to resume from an older one."
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,8 @@ class Progressed:
     """Scored tokens replayed."""
     stream: dict[str, Any]
     """State of the replay stream."""
+    drift: dict[str, dict[str, float]]
+    """Sums of drift since the last record, by policy version."""
 
 
 def save_checkpoint(
@@ -40,19 +45,21 @@ def save_checkpoint(
 ) -> None:
     """Write `step-N` below root and drop all but the newest `keep`."""
 
-    def fill(folder: Path) -> None:
+    def fill(folder: Path) -> str:
         save_model(model, str(folder / FILES[0]))
         training = {
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
             "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
         torch.save(training, folder / FILES[1])
         (folder / FILES[2]).write_bytes(jsonfile.dump(asdict(progressed)))
-        sizes = {name: (folder / name).stat().st_size for name in FILES}
-        (folder / "complete.json").write_bytes(jsonfile.dump(sizes))
+        hashes = {name: _hash(folder / name) for name in FILES}
+        (folder / COMPLETE).write_bytes(jsonfile.dump(hashes))
+        return f"step-{progressed.step:08d}"
 
-    write_folder(root / f"step-{progressed.step:08d}", fill)
+    write_folder(root, fill)
     for old in sorted(root.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
 
@@ -73,24 +80,48 @@ def load_checkpoint(
 
     Raises:
         MissingError: there is no such folder.
-        CorruptError: it is half written, or a file has another size.
+        CorruptError: it is half written, or a file's bytes are others.
     """
     if not folder.is_dir():
         raise MissingError(str(folder), "a checkpoint", "nothing", "Check the path.")
-    marker = folder / "complete.json"
-    sizes = jsonfile.load(marker.read_bytes(), str(marker)) if marker.is_file() else {}
-    for name in FILES:
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size is None or size != sizes.get(name):
-            got = f"{size} bytes of {sizes.get(name)} in {name}"
-            do = "It is half written or damaged: delete it to resume from an older one."
-            raise CorruptError(str(folder), "a whole checkpoint", got, do)
+    _check_whole(folder)
     load_model(model, str(folder / FILES[0]))
     training = torch.load(folder / FILES[1], weights_only=True)
     optimizer.load_state_dict(training["optimizer"])
     schedule.load_state_dict(training["schedule"])
     torch.set_rng_state(training["rng"])
-    state = jsonfile.load((folder / FILES[2]).read_bytes(), str(folder / FILES[2]))
-    restored: Progressed = jsonfile.build(Progressed, state, str(folder / FILES[2]))
-    return restored
+    if len(training["cuda_rng"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(training["cuda_rng"])
+    return read_progress(folder)
+
+
+def read_progress(folder: Path) -> Progressed:
+    """Where the run of a checkpoint stood.
+
+    Raises:
+        CorruptError: the file that says it is damaged.
+    """
+    path = folder / FILES[2]
+    if not path.is_file():
+        raise CorruptError(str(folder), "a whole checkpoint", f"no {path.name}", DAMAGED)
+    state = jsonfile.load(path.read_bytes(), str(path))
+    progressed: Progressed = jsonfile.build(Progressed, state, str(path))
+    return progressed
+
+
+def _check_whole(folder: Path) -> None:
+    marker = folder / COMPLETE
+    hashes = jsonfile.load(marker.read_bytes(), str(marker)) if marker.is_file() else {}
+    for name in FILES:
+        found = _hash(folder / name) if (folder / name).is_file() else "no file"
+        if found != hashes.get(name):
+            got = f"{name} with {found} in place of {hashes.get(name)}"
+            raise CorruptError(str(folder), "a whole checkpoint", got, DAMAGED)
+
+
+def _hash(path: Path) -> str:
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            state.update(block)
+    return state.hexdigest()

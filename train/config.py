@@ -3,6 +3,8 @@ Needs no torch."""
 
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from typing import Any
 import yaml
 
 from stillroom.cache.errors import ConfigError, MissingError
+from stillroom.cache.storage import local_path
 from stillroom.cache.teacher import TeacherConfig
 from stillroom.replay.prompts import PromptsConfig
 from stillroom.replay.refresh import RefreshConfig
@@ -20,6 +23,8 @@ from stillroom.replay.stream import ReplayConfig
 
 KINDS = ("forward", "reverse", "jsd")
 PRECISIONS = ("no", "bf16")
+DEVICES = ("auto", "cpu")
+RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +48,7 @@ class TrainConfig:
     warmup_steps: int = 0
     """Steps of linear warm-up; >= 0."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; > 0."""
+    """Gradients are scaled down to this norm; > 0, and a large number leaves them as they are."""
     mixed_precision: str = "no"
     """no (float32) or bf16 (float32 weights, bfloat16 products)."""
     device: str = "auto"
@@ -75,14 +80,17 @@ class TrainConfig:
             f"one of {PRECISIONS}",
             self.mixed_precision,
         )
+        _check("train.device", self.device in DEVICES, f"one of {DEVICES}", self.device)
         for name in ("epochs", "learning_rate", "max_grad_norm"):
-            _check(
-                f"train.{name}", getattr(self, name) > 0, "a number above 0", getattr(self, name)
-            )
+            value = getattr(self, name)
+            valid = value > 0 and math.isfinite(value)
+            _check(f"train.{name}", valid, "a finite number above 0", value)
         for name in ("keep_checkpoints", "drift_every_steps"):
             _check(f"train.{name}", getattr(self, name) >= 1, "at least 1", getattr(self, name))
         for name in ("weight_decay", "warmup_steps", "checkpoint_every_steps"):
-            _check(f"train.{name}", getattr(self, name) >= 0, "0 or more", getattr(self, name))
+            value = getattr(self, name)
+            valid = value >= 0 and math.isfinite(value)
+            _check(f"train.{name}", valid, "a finite number from 0", value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +122,8 @@ class RunConfig:
     """How much is sampled each round."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How the student is trained each round."""
+    accept_numerics: bool = False
+    """A person has confirmed an engine, version, dtype or device that is new to the cache."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -137,12 +147,12 @@ def load_yaml(cls: type[Any], path: str, *, absent: Any = None) -> Any:
         ConfigError: not a mapping, an unknown key (the nearest one is named), a missing or unusable
             value.
     """
-    file = Path(path).expanduser()
+    file = local_path(path)
     if not file.is_file():
         raise MissingError(str(file), "a YAML file", "nothing", "Check the path.")
     try:
         values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         cause = " ".join(str(error).split())
         raise ConfigError(str(file), "YAML", cause, "Correct the file.") from error
     return build_settings(cls, values, str(file), absent=absent)

@@ -8,7 +8,7 @@ exp(d):
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,14 @@ class DriftMeter:
             pairs = ((getattr(have, f.name), getattr(sums, f.name)) for f in fields(Sums))
             total[version] = Sums(*(mine + theirs for mine, theirs in pairs))
         self.by_policy = total
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """Plain values, for a checkpoint."""
+        return {str(version): asdict(sums) for version, sums in self.by_policy.items()}
+
+    def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over what `state` gave."""
+        self.by_policy = {int(version): Sums(**sums) for version, sums in state.items()}
 
     def take(self) -> dict[str, Any]:
         """Summary by policy version, with its lag in policies; starts anew."""

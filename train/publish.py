@@ -49,12 +49,21 @@ def publish(
     if not storage.is_local:
         do = "Train with a root on a shared file system."
         raise StorageError(storage.root, "a folder to publish weights in", "an object store", do)
-    base = Path(storage.root).expanduser().absolute()
-    name = f"policies/v{version:06d}-{run}"
-    write_folder(base / name, lambda folder: _save(student, parent_files, folder))
-    fingerprint = inspect_model(str(base / name)).fingerprint
+    base = storage.folder
+
+    def fill(folder: Path) -> str:
+        _save(student, parent_files, folder)
+        return f"v{version:06d}-{inspect_model(str(folder)).fingerprint}"
+
+    folder = write_folder(base / "policies", fill)
+    fingerprint = inspect_model(str(folder)).fingerprint
     policy = Policy(
-        version=version, run=run, parent=version - 1, step=step, path=name, fingerprint=fingerprint
+        version=version,
+        run=run,
+        parent=version - 1,
+        step=step,
+        path=f"policies/{folder.name}",
+        fingerprint=fingerprint,
     )
     if not put_policy(storage, policy):
         first = read_policy(storage, version)

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from stillroom.train.stages import StageRecord
 
@@ -133,11 +134,9 @@ class Summary:
         """Print samples, and what the whole run came to."""
         console = _console()
         for sample in self.samples:
-            console.print(f"[bold]{sample['prompt']}[/bold]")
+            console.print(Text(printable(sample["prompt"]), style="bold"))
             for when in ("before", "after"):
-                words = " ".join(sample[when].split())[:FIRST_WORDS]
-                console.print(f"  {when:>6}: ", end="")
-                console.print(words, markup=False, highlight=False)
+                console.print(Text(f"  {when:>6}: {printable(sample[when])}"))
         for source, text in (
             ("student", "the student's fresh rollouts"),
             ("teacher", "the teacher's text"),
@@ -157,6 +156,12 @@ class Summary:
             f"the teacher took {spent:.1f} s; "
             f"scoring every replayed position live would have taken {live:.1f} s"
         )
+
+
+def printable(text: str) -> str:
+    """The first words of a text on one line, without what a terminal would obey."""
+    words = " ".join(text.split())[:FIRST_WORDS]
+    return "".join(c if c.isprintable() else "\ufffd" for c in words)
 
 
 def _console() -> Console:

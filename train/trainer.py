@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from transformers import get_scheduler
 
-from stillroom.cache.errors import ConfigError, NumericsError
+from stillroom.cache.errors import ConfigError, MismatchError, NumericsError
 from stillroom.cache.fingerprint import ModelFiles
 from stillroom.cache.progress import Progress
 from stillroom.cache.snapshot import Snapshot
@@ -29,12 +29,13 @@ from stillroom.train.checkpoint import (
     Progressed,
     load_checkpoint,
     newest_checkpoint,
+    read_progress,
     save_checkpoint,
 )
-from stillroom.train.config import TrainConfig
+from stillroom.train.config import RUN_NAME, TrainConfig
 from stillroom.train.drift import DriftMeter, put_drift
-from stillroom.train.objectives import divergence, sampled_logprob
-from stillroom.train.student import Student, load_student, to_target
+from stillroom.train.objectives import divergence, sampled_logprob, token_mean
+from stillroom.train.student import load_student, to_target
 
 
 @dataclass(slots=True)
@@ -78,7 +79,10 @@ class ReplayTrainer:
         run: str,
     ) -> None:
         """Load the student and set up optimiser, schedule and stream."""
-        self._cache, self._config, self._run, self._output = cache, config, run, output
+        if not RUN_NAME.fullmatch(run):
+            do = "Choose another name."
+            raise ConfigError("run", "letters, digits, dots, dashes and underscores", repr(run), do)
+        self._cache, self._config, self._run = cache, config, run
         set_seed(config.seed)
         self._accelerator = Accelerator(
             cpu=config.device == "cpu",
@@ -86,6 +90,7 @@ class ReplayTrainer:
             log_with="tensorboard",
             project_dir=str(output / "tensorboard"),
         )
+        self._check_ranks_agree(files, snapshot)
         self.student = load_student(files, "float32", self._accelerator.device).train()
         self.stream = ReplayStream(
             cache,
@@ -96,12 +101,10 @@ class ReplayTrainer:
         )
         self.total_steps = max(1, math.ceil(config.epochs * self.stream.steps_per_epoch))
         self._optimizer = _optimizer(self.student, config)
-        self._schedule = get_scheduler(
-            config.schedule, self._optimizer, config.warmup_steps, self.total_steps
-        )
+        self._schedule = _schedule(self._optimizer, config, self.total_steps)
         self._wrapped = self._accelerator.prepare_model(self.student)
         self._drift = DriftMeter(policy_version)
-        self._checkpoints = output / "checkpoints" / run
+        self._checkpoints = checkpoints_of(output, run)
         self.step = 0
 
     @property
@@ -131,6 +134,14 @@ class ReplayTrainer:
         for tracker in self._accelerator.trackers:
             tracker.finish()
         return report
+
+    def _check_ranks_agree(self, files: ModelFiles, snapshot: Snapshot) -> None:
+        mine = (files.fingerprint, snapshot.id)
+        for rank, theirs in enumerate(gather_object([mine])):
+            if theirs != mine:
+                do = "Pin one snapshot, and give it to every rank."
+                where = f"{self._run}, rank {rank}"
+                raise MismatchError(where, f"student and snapshot {mine}", f"{theirs}", do)
 
     def _take_step(self, batch: Batch, report: TrainReport) -> None:
         loss = self._backward(batch)
@@ -168,24 +179,25 @@ class ReplayTrainer:
 
     def _backward_micro(self, micro: MicroBatch | None, num_positions: int) -> torch.Tensor:
         """Gradients are averaged over ranks, so each loss is multiplied by their number."""
-        loss = self._idle_loss() if micro is None else self._loss(micro) / num_positions
+        loss = self._idle_loss() if micro is None else self._loss(micro, num_positions)
         self._accelerator.backward(loss * self._accelerator.num_processes)
         return loss.detach()
 
-    def _loss(self, micro: MicroBatch) -> torch.Tensor:
+    def _loss(self, micro: MicroBatch, num_positions: int) -> torch.Tensor:
         with self._accelerator.autocast():
             logits = self._wrapped(micro)
         identity = self._cache.identity
+        target = to_target(micro, logits.device)
         loss = divergence(
             logits,
-            to_target(micro, logits.device),
+            target,
             self._config.kind,
             self._config.param,
             temperature=identity.temperature,
             vocab_size=identity.vocab_size,
         )
         self._drift.add(*_behaviour(logits.detach(), micro, identity.vocab_size))
-        return loss.sum()
+        return token_mean(loss, target.mask, num_positions)
 
     def _idle_loss(self) -> torch.Tensor:
         """Zero, through the wrapped forward, so that this rank meets the others' all-reduce."""
@@ -207,8 +219,16 @@ class ReplayTrainer:
             self._save(report)
 
     def _save(self, report: TrainReport) -> None:
+        sums = gather_object([self._drift.by_policy])
+        self._drift.merge(sums if self.is_main else [])
         if self.is_main:
-            progressed = Progressed(self.step, report.rows, report.positions, self.stream.state())
+            progressed = Progressed(
+                step=self.step,
+                rows=report.rows,
+                positions=report.positions,
+                stream=self.stream.state(),
+                drift=self._drift.state(),
+            )
             keep = self._config.keep_checkpoints
             save_checkpoint(
                 self._checkpoints, progressed, self.student, self._optimizer, self._schedule, keep
@@ -221,6 +241,7 @@ class ReplayTrainer:
             progressed = load_checkpoint(folder, self.student, self._optimizer, self._schedule)
             self.step = progressed.step
             report.rows, report.positions = progressed.rows, progressed.positions
+            self._drift.restore(progressed.drift if self.is_main else {})
             self.stream.restore(progressed.stream)
             self._accelerator.print(f"  resumed from {folder}")
 
@@ -238,10 +259,56 @@ def _behaviour(
     return student.cpu().numpy(), micro.behaviour_logprob, micro.policy_version
 
 
-def _optimizer(student: Student, config: TrainConfig) -> torch.optim.Optimizer:
+def checkpoints_of(output: Path, run: str) -> Path:
+    """Folder of a run's checkpoints."""
+    return output / "checkpoints" / run
+
+
+def snapshot_for(cache: Cache, output: Path, run: str) -> Snapshot:
+    """What a run replays: the snapshot of its newest checkpoint, or all that is scored now.
+
+    Raises:
+        MissingError: a part of the checkpoint's snapshot is gone.
+    """
+    folder = newest_checkpoint(checkpoints_of(output, run))
+    if folder is None:
+        return cache.snapshot()
+    return cache.open_snapshot(read_progress(folder).stream["snapshot"])
+
+
+def check_trainable(config: TrainConfig) -> None:
+    """Refuse settings that no optimiser or schedule can be made of.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    parameter = torch.nn.Linear(1, 1)
+    _schedule(_optimizer(parameter, config), config, total_steps=1)
+
+
+def _optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     cls: Any = getattr(torch.optim, config.optimizer, None)
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-        do = "Name one such as AdamW, Adam or SGD."
-        raise ConfigError("train.optimizer", "a class in torch.optim", repr(config.optimizer), do)
     settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    return cls(student.parameters(), **settings)
+    do = "Name one such as AdamW, Adam or SGD."
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        where, got = "train.optimizer", repr(config.optimizer)
+        raise ConfigError(where, "a class in torch.optim", got, do)
+    try:
+        return cls(model.parameters(), **settings)
+    except (TypeError, ValueError) as error:
+        expected = f"an optimiser that takes {', '.join(settings)}"
+        raise ConfigError("train.optimizer", expected, str(error), do) from error
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    try:
+        made: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+            config.schedule, optimizer, config.warmup_steps, total_steps
+        )
+    except (TypeError, ValueError) as error:
+        do = "Name one such as constant_with_warmup, linear or cosine."
+        expected, got = "a schedule of transformers", f"{config.schedule!r}: {error}"
+        raise ConfigError("train.schedule", expected, got, do) from error
+    return made

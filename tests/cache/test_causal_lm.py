@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from stillroom.cache.causal_lm import head_logits, load_causal_lm, pick_device, trunk
-from stillroom.cache.errors import InputError
+from stillroom.cache.errors import ConfigError, InputError
 from stillroom.cache.fingerprint import inspect_model
 from tests.conftest import VOCAB, save_llama, save_tokenizer
 
@@ -99,5 +99,10 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
 
 def test_devices_by_name() -> None:
     assert pick_device("cpu") == CPU
-    assert pick_device("cuda:1") == torch.device("cuda", 1)
-    assert pick_device("auto").type in ("cpu", "cuda")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cpu:x", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^device: .*; got '{name}'"):
+        pick_device(name)

@@ -219,8 +219,8 @@ def test_only_what_the_model_computes_with_counts(
 def test_the_layout_of_the_files_does_not_count(model: Path) -> None:
     before, path = inspect_model(str(model)).fingerprint, model / "model.safetensors"
     tensors = load_file(path)
-    for note in ("", "n", "note" * 50):
-        save_file(tensors, path, metadata={"note": note})
+    for length in (0, 1, 100, 1000, 10_000):
+        save_file(tensors, path, metadata={"note": "n" * length})
         assert inspect_model(str(model)).fingerprint == before
     shard_weights(model)
     assert inspect_model(str(model)).fingerprint == before

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stillroom.cache.errors import ForkedError, MissingError, StorageError
+from stillroom.cache.errors import ConfigError, ForkedError, MissingError, StorageError
 from stillroom.cache.storage import Entry, Storage
 from tests.cache.fakes import LostReply
 
@@ -202,6 +202,17 @@ def test_the_root_itself_may_be_a_link(storage: Storage, tmp_path: Path) -> None
     assert storage.list("a") == [Entry("a/b", 1)]
 
 
+def test_a_root_may_be_a_file_address_or_begin_at_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Storage(f"file://{tmp_path}/root").put_new("a", b"x")
+    assert Storage("~/root").get("a") == b"x"
+    assert Storage("~/root").folder == tmp_path / "root"
+    with pytest.raises(ConfigError, match="~nobody-of-that-name/root"):
+        Storage("~nobody-of-that-name/root")
+
+
 def test_a_listing_is_sorted_and_ignores_what_is_not_ours(storage: Storage) -> None:
     for path in ("a/c", "a/b/z", "a/b.json", "ab/c"):
         storage.put_new(path, b"12")
@@ -258,6 +269,14 @@ def test_the_probe_finds_a_storage_that_overwrites(tmp_path: Path, claims: bool)
     storage.claims = claims
     with pytest.raises(StorageError, match=r"a second put of the same key to be refused.*b'second"):
         storage.probe()
+
+
+def test_only_an_address_is_probed_again(storage: Storage) -> None:
+    storage.check_conditional_puts()
+    assert storage.list("probe") == []
+    remote = Storage("memory:///")
+    remote.check_conditional_puts()
+    assert len(remote.list("probe")) == 1
 
 
 def test_the_probe_finds_a_storage_that_refuses_the_first_put(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A cache as a whole: what it makes, what it lists, and that a refused shard leaves nothing."""
 
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tests.cache.fakes import (
     make_meta,
     random_arrays,
     random_rollouts,
+    same_bits,
 )
 
 
@@ -71,6 +73,41 @@ def test_a_part_is_unscored_until_it_is_scored_or_retired(cache: Cache) -> None:
     assert cache.parts() == names
     assert cache.unscored() == [names[1]]
     assert cache.commits() == {names[0]: 0}
+
+
+def test_a_part_is_read_by_its_name(cache: Cache) -> None:
+    arrays, name = random_arrays(0, 30, 5), make_meta().name
+    commit_shard(cache, arrays)
+    assert same_bits(cache.read(name)["token"], arrays["token"])
+    assert same_bits(cache.read(name, 1, 3)["group"], arrays["group"][1:3])
+    assert same_bits(cache.read(name, 4)["group"], arrays["group"][4:])
+
+
+def test_a_quarantined_part_is_unscored(cache: Cache) -> None:
+    name = make_meta().name
+    cache.add_part(random_rollouts(0, 4), make_meta())
+    assert not cache.is_scored(name)
+    with pytest.raises(MissingError, match=name):
+        cache.quarantine(name, "no reason")
+    for n in range(2):
+        commit = commit_shard(cache, random_arrays(0, 12, 4))
+        assert commit.n == n
+        assert cache.is_scored(name)
+        assert cache.unscored() == []
+        cache.quarantine(name, "bad sector")
+        assert not cache.is_scored(name)
+        assert cache.unscored() == [name]
+    files = [entry.path for entry in cache.storage.list("quarantine")]
+    assert files == [f"quarantine/{name}.{n}.json" for n in range(2)]
+    assert jsonfile.load(cache.storage.get(files[0]), "x")["reason"] == "bad sector"
+
+
+def test_a_part_under_another_name_is_refused(cache: Cache, root: Path) -> None:
+    cache.add_part(random_rollouts(0, 4), make_meta(0))
+    first, second = (root / f"rollouts/{make_meta(i).name}.parquet" for i in range(2))
+    first.rename(second)
+    with pytest.raises(MismatchError, match=re.escape(str(second))):
+        cache.read_part(make_meta(1).name)
 
 
 def test_what_is_not_there_is_missing(cache: Cache) -> None:

@@ -41,7 +41,7 @@ def run_settings(
                 "epochs": 2,
                 "learning_rate": 1e-2,
                 "device": "cpu",
-                "drift_every_steps": 2,
+                "drift_every_steps": 3,
                 "checkpoint_every_steps": 2,
                 "replay": {"batch_rows": 3, "max_tokens": 256, "block_rows": 2, "window_rows": 4},
             },

@@ -40,7 +40,7 @@ POINTS = {
     "after a checkpoint": {"call": "step", "nth": 3, "when": "before"},
     "weights written, not published": put(r"^policies/000001"),
     "published, not recorded": {"call": "file", "match": r"train-0", "nth": 1, "when": "before"},
-    "while weights are written": {"call": "folder", "match": "v000001", "nth": 1, "when": "before"},
+    "before weights are written": {"call": "folder", "match": "", "nth": 1, "when": "before"},
     "measured, not recorded": {"call": "file", "match": r"measure-1", "nth": 1, "when": "before"},
     "second round": put(r"^commits/v000001", 3),
 }

@@ -9,6 +9,7 @@ import pytest
 
 from stillroom.cache.errors import ConfigError, MismatchError
 from stillroom.cache.store import Cache
+from stillroom.replay.cycle import Cycle
 from stillroom.replay.prompts import Prompt
 from stillroom.replay.refresh import (
     RefreshConfig,
@@ -17,7 +18,6 @@ from stillroom.replay.refresh import (
     retire_stale,
     stalest,
 )
-from stillroom.replay.rollout import Cycle
 from stillroom.replay.sampler import SamplerConfig
 from tests.replay.conftest import add_scored_part, made_up_table, make_prompts, part_meta
 

@@ -56,7 +56,7 @@ def test_jobs_one_after_another(
 
     out = done("train")
     assert "2 steps, 6 rollouts" in out
-    assert "policy 0 -> 1, policies/v000001-tiny" in out
+    assert "policy 0 -> 1, policies/v000001-" in out
     assert policy_versions(Cache.open(root).storage) == [0, 1]
     assert (tmp_path / "out" / "tiny-000000.json").is_file()
 

@@ -18,6 +18,12 @@ from stillroom.train.checkpoint import (
 Parts = tuple[torch.nn.Linear, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
 
 
+def progressed_at(step: int) -> Progressed:
+    """Where a run stood."""
+    drift = {"0": {"n": 3, "log_ratio": 0.5, "ratio": 3.5, "ratio_squared": 4.5}}
+    return Progressed(step=step, rows=10, positions=100, stream={"first": 3}, drift=drift)
+
+
 def parts(seed: int) -> Parts:
     """A model that took one step."""
     torch.manual_seed(seed)
@@ -33,7 +39,7 @@ def parts(seed: int) -> Parts:
 def save(root: Path, step: int, keep: int = 2) -> Parts:
     """Write one checkpoint."""
     made = parts(step)
-    save_checkpoint(root, Progressed(step, 10, 100, {"first": 3}), *made, keep)
+    save_checkpoint(root, progressed_at(step), *made, keep)
     return made
 
 
@@ -45,7 +51,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert folder is not None
     other, other_optimizer, other_schedule = parts(9)
     progressed = load_checkpoint(folder, other, other_optimizer, other_schedule)
-    assert progressed == Progressed(4, 10, 100, {"first": 3})
+    assert progressed == progressed_at(4)
     assert torch.equal(other.weight, model.weight)
     assert str(other_optimizer.state_dict()) == str(optimizer.state_dict())
     assert other_schedule.state_dict() == schedule.state_dict()
@@ -67,7 +73,7 @@ def test_newest_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "training.pt", "state.json", "complete.json"]
 )
-@pytest.mark.parametrize("damage", ["remove", "truncate"])
+@pytest.mark.parametrize("damage", ["remove", "truncate", "flip"])
 def test_half_written_is_refused(tmp_path: Path, name: str, damage: str) -> None:
     """A missing or short file is an error that names the folder."""
     save(tmp_path, 1)
@@ -76,8 +82,10 @@ def test_half_written_is_refused(tmp_path: Path, name: str, damage: str) -> None
     if damage == "remove":
         (folder / name).unlink()
     else:
-        data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[: len(data) // 2])
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        kept = data if damage == "flip" else data[: len(data) // 2]
+        (folder / name).write_bytes(kept)
     with pytest.raises(CorruptError, match=r"step-00000001|complete\.json"):
         load_checkpoint(folder, *parts(2))
 

@@ -3,43 +3,66 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from stillroom.cache.errors import CorruptError, StorageError
 from stillroom.train.durable import write_file, write_folder
 
 
 def test_folder_appears_whole(tmp_path: Path) -> None:
     """The target is not there while it is filled, and nothing is left beside it."""
-    target = tmp_path / "a" / "target"
+    parent = tmp_path / "a"
 
-    def fill(folder: Path) -> None:
-        assert not target.exists()
+    def fill(folder: Path) -> str:
+        assert not (parent / "target").exists()
         (folder / "sub").mkdir()
         (folder / "sub" / "file").write_bytes(b"x")
+        return "target"
 
-    write_folder(target, fill)
-    assert (target / "sub" / "file").read_bytes() == b"x"
-    assert [p.name for p in target.parent.iterdir()] == ["target"]
+    assert write_folder(parent, fill) == parent / "target"
+    assert (parent / "target" / "sub" / "file").read_bytes() == b"x"
+    assert [p.name for p in parent.iterdir()] == ["target"]
 
 
-def test_failure_leaves_nothing(tmp_path: Path) -> None:
-    """An error while filling removes what was written."""
+@pytest.mark.parametrize(
+    "error", [OSError("disk full"), RuntimeError("disk full"), SafetensorError("disk full")]
+)
+def test_failure_leaves_nothing(tmp_path: Path, error: Exception) -> None:
+    """An error while filling removes what was written, and names the place."""
 
-    def fill(folder: Path) -> None:
+    def fill(folder: Path) -> str:
         (folder / "file").write_bytes(b"x")
-        raise RuntimeError("disk full")
+        raise error
 
-    with pytest.raises(RuntimeError, match="disk full"):
-        write_folder(tmp_path / "target", fill)
+    with pytest.raises(StorageError, match="disk full") as caught:
+        write_folder(tmp_path, fill)
+    assert str(tmp_path) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_our_own_errors_pass(tmp_path: Path) -> None:
+    """What is wrong with the content is not said to be wrong with the disk."""
+
+    def fill(folder: Path) -> str:
+        raise CorruptError("x", "a", "b", "c")
+
+    with pytest.raises(CorruptError):
+        write_folder(tmp_path, fill)
 
 
 def test_existing_folder_stays(tmp_path: Path) -> None:
     """The first folder of a name is kept."""
+
+    def fill(folder: Path, content: bytes) -> str:
+        (folder / "x").write_bytes(content)
+        return "t"
+
     for content in (b"first", b"second"):
-        write_folder(tmp_path / "t", lambda f, c=content: (f / "x").write_bytes(c))  # type: ignore[misc]
+        write_folder(tmp_path, partial(fill, content=content))
     assert (tmp_path / "t" / "x").read_bytes() == b"first"
 
 

@@ -1,0 +1,152 @@
+"""On CUDA: scores, sampled logprobs, training and resume are what they are on the CPU.
+
+Tolerances are for tiny random models: float32 sums in another order, and bfloat16 with 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM
+
+from stillroom.cache.fingerprint import inspect_model
+from stillroom.cache.store import Cache
+from stillroom.cache.teacher import RowScores, ScoreRow, TeacherConfig
+from stillroom.cache.transformers_teacher import TransformersTeacher
+from stillroom.replay.sampler import SamplerConfig
+from stillroom.replay.stream import ReplayConfig
+from stillroom.replay.transformers_sampler import TransformersSampler
+from stillroom.train.config import TrainConfig
+from stillroom.train.trainer import ReplayTrainer
+from tests.conftest import VOCAB
+
+DEVICE = "cuda"
+TOPK = 8
+# Largest and mean difference from float32 on the CPU, nats. Storage in float16 makes up to 0.008.
+TOLERANCE_NATS = {"float32": (0.01, 0.002), "bfloat16": (0.4, 0.1)}
+SAMPLED_TOLERANCE_NATS = {"float32": (1e-4, 2e-5), "bfloat16": (0.4, 0.1)}
+CONFIG = TrainConfig(
+    learning_rate=1e-2,
+    epochs=4,
+    drift_every_steps=2,
+    schedule="cosine",
+    replay=ReplayConfig(batch_rows=6, max_tokens=64, block_rows=2, window_rows=4),
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps one precision and device a process; each test here has its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def _deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels that sum in one order, where torch has them."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, make_cache: Callable[..., Cache]) -> Cache:
+    """Twelve rollouts, scored on the CPU."""
+    return make_cache(tmp_path_factory.mktemp("cache"))
+
+
+def random_ids(*lengths: int) -> list[np.ndarray]:
+    """Token ids, all different."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 250, length).astype(np.uint32) for length in lengths]
+
+
+def scores(folder: Path, device: str, dtype: str) -> list[RowScores]:
+    """A teacher's scores of three rows, in order."""
+    rows = [ScoreRow(ids, np.arange(1, len(ids))) for ids in random_ids(40, 17, 3)]
+    config = TeacherConfig(model=str(folder), device=device, dtype=dtype)
+    teacher = TransformersTeacher(inspect_model(str(folder)), config)
+    found = dict(teacher.score(rows, TOPK, 1.0))
+    return [found[i] for i in range(len(rows))]
+
+
+def assert_near(found: np.ndarray, wanted: np.ndarray, largest: float, mean: float) -> None:
+    """Differences are below both bounds."""
+    difference = np.abs(found.astype(np.float64) - wanted.astype(np.float64))
+    assert difference.max() <= largest
+    assert difference.mean() <= mean
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_are_those_of_the_cpu(teacher_dir: Path, dtype: str) -> None:
+    """The k-th likeliest entries are compared, as entries that nearly tie may change places."""
+    here, there = scores(teacher_dir, "cpu", "float32"), scores(teacher_dir, DEVICE, dtype)
+    for want, got in zip(here, there, strict=True):
+        assert_near(got.sampled_logprob, want.sampled_logprob, *SAMPLED_TOLERANCE_NATS[dtype])
+        assert_near(got.topk_logprob, want.topk_logprob, *TOLERANCE_NATS[dtype])
+        assert_near(got.tail_logprob, want.tail_logprob, *TOLERANCE_NATS[dtype])
+    if dtype == "float32":
+        ids = (np.concatenate([row.topk_id for row in rows]) for rows in (here, there))
+        assert np.equal(*ids).mean() > 0.9
+
+
+def test_sampled_logprobs_equal_a_dense_recomputation(student_dir: Path) -> None:
+    """Within 2e-4 nats of one unpadded forward on the CPU."""
+    prompts = random_ids(9, 1, 14, 5)
+    config = SamplerConfig(max_new_tokens=12, batch_rows=3, temperature=0.7, device=DEVICE)
+    sampler = TransformersSampler(inspect_model(str(student_dir)), config)
+    found = dict(sampler.sample(prompts, 0))
+    model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32)
+    for i, prompt in enumerate(prompts):
+        drawn = found[i].completion.astype(np.int64)
+        ids = torch.from_numpy(np.concatenate([prompt.astype(np.int64), drawn]))
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, len(prompt) - 1 : -1, :VOCAB].double() / 0.7
+        dense = torch.log_softmax(logits, dim=-1)[torch.arange(len(drawn)), drawn]
+        np.testing.assert_allclose(found[i].behaviour_logprob, dense, rtol=0, atol=2e-4)
+
+
+def trainer(cache: Cache, student_dir: Path, output: Path, config: TrainConfig) -> ReplayTrainer:
+    """A trainer of the tiny student; its device must be the one that is tested."""
+    files = inspect_model(str(student_dir))
+    made = ReplayTrainer(files, 0, cache, cache.snapshot(), config, output, "gpu")
+    assert {parameter.device.type for parameter in made.student.parameters()} == {DEVICE}
+    return made
+
+
+def test_bfloat16_training_lowers_the_loss(cache: Cache, student_dir: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, epochs=8, mixed_precision="bf16")
+    made = trainer(cache, student_dir, tmp_path, config)
+    report = made.train()
+    assert report.steps == 16
+    assert report.losses[-1] < 0.8 * report.losses[0]
+    assert {parameter.dtype for parameter in made.student.parameters()} == {torch.float32}
+
+
+@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
+def test_resume_is_exact(cache: Cache, student_dir: Path, tmp_path: Path) -> None:
+    """Continued from the checkpoint of step 6 of 8, losses and weights are those of the run."""
+    config = replace(CONFIG, checkpoint_every_steps=3)
+    whole = trainer(cache, student_dir, tmp_path, config)
+    report = whole.train()
+    resumed = trainer(cache, student_dir, tmp_path, config)
+    continued = resumed.train()
+    assert report.steps == continued.steps == 8
+    assert continued.losses == report.losses[6:]
+    assert continued.positions == report.positions
+    for mine, theirs in zip(resumed.student.parameters(), whole.student.parameters(), strict=True):
+        assert torch.equal(mine, theirs)

@@ -1,0 +1,30 @@
+"""Several processes that train together: what they must agree on before they start."""
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+
+def same_on_all_ranks(choose: Callable[[], Any], *, on_cpu: bool) -> Any:
+    """Let rank 0 choose, and give its choice to every rank.
+
+    Args:
+        choose: called on rank 0 only; returns something that pickles.
+        on_cpu: whether training runs on the CPU.
+
+    Raises:
+        Exception: whatever `choose` raised, on every rank.
+    """
+    state = PartialState(cpu=on_cpu)
+    chosen: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            chosen[0] = choose()
+        except Exception as error:
+            chosen[1] = error
+    broadcast_object_list(chosen)
+    if chosen[1] is not None:
+        raise chosen[1]
+    return chosen[0]

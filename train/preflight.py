@@ -1,0 +1,162 @@
+"""What `run` checks before it writes anything: models, tokenizers, settings, prompts, the root."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stillroom.cache import jsonfile
+from stillroom.cache.canary import canary_rows
+from stillroom.cache.errors import ConfigError, InputError
+from stillroom.cache.fingerprint import ModelFiles, inspect_model
+from stillroom.cache.identity import Identity
+from stillroom.cache.storage import Storage
+from stillroom.cache.store import IDENTITY_PATH, Cache
+from stillroom.cache.teacher import Teacher, identity_of
+from stillroom.replay.policies import check_student
+from stillroom.replay.prompts import Prompts, load_prompts
+from stillroom.train.config import RunConfig
+
+FREE = frozenset(
+    {
+        "rounds",
+        "accept_numerics",
+        "teacher.max_batch_tokens",
+        "teacher.head_rows",
+        "teacher.device",
+        "sampler.device",
+        "train.device",
+        "train.checkpoint_every_steps",
+        "train.keep_checkpoints",
+        "train.drift_every_steps",
+        "train.replay.max_tokens",
+        "train.replay.cached_bytes",
+    }
+)
+"""Settings that may change while a run goes on: they decide how it runs, not what it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The models of a run, and the identity of its caches."""
+
+    teacher: ModelFiles
+    student: ModelFiles
+    identity: Identity
+
+
+def check_models(config: RunConfig) -> Models:
+    """Inspect teacher and student and check that they fit each other.
+
+    Raises:
+        MissingError, InputError: a model folder is missing or not whole.
+        MismatchError: other tokenizers or vocabularies.
+        ConfigError: a setting is out of the teacher's range.
+    """
+    teacher = inspect_model(config.teacher.model, config.teacher.revision)
+    student = inspect_model(config.student)
+    identity = identity_of(teacher, config.teacher, config.topk, config.temperature)
+    check_student(
+        student, identity.tokenizer_fingerprint, identity.vocab_size, config.teacher.model
+    )
+    return Models(teacher, student, identity)
+
+
+def check_root(root: str, identity: Identity) -> None:
+    """Refuse a root that holds a cache of another identity.
+
+    Raises:
+        MismatchError: names what differs.
+    """
+    storage = Storage(root)
+    if storage.exists(IDENTITY_PATH):
+        Cache.open(root).identity.check_same(identity, storage.describe(IDENTITY_PATH))
+
+
+def check_output(path: Path, config: RunConfig) -> None:
+    """Refuse an output whose `run.json` is of a run with other settings.
+
+    Raises:
+        ConfigError: names the settings that differ.
+    """
+    if not path.is_file():
+        return
+    earlier = jsonfile.load(path.read_bytes(), str(path)).get("settings", {})
+    now = settings_of(config)
+    differing = sorted(k for k in now.keys() | earlier.keys() if now.get(k) != earlier.get(k))
+    if differing:
+        raise ConfigError(
+            str(path),
+            "the settings of the run that is there: "
+            + ", ".join(f"{k} = {earlier.get(k)!r}" for k in differing),
+            ", ".join(f"{k} = {now.get(k)!r}" for k in differing),
+            "Give those settings, or another output and root.",
+        )
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide what a run is, by dotted name."""
+    flat = _flat(asdict(config), "")
+    return {name: value for name, value in flat.items() if name not in FREE}
+
+
+def check_machine(config: RunConfig) -> None:
+    """Refuse devices, optimisers and schedules that are not to be had here.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    from stillroom.cache.causal_lm import pick_device
+    from stillroom.train.trainer import check_trainable
+
+    for device in (config.teacher.device, config.sampler.device, config.train.device):
+        pick_device(device)
+    check_trainable(config.train)
+
+
+def check_teacher(teacher: Teacher, identity: Identity) -> None:
+    """Let the teacher score a few sequences.
+
+    Raises:
+        NumericsError: it gives NaN or infinite logits.
+    """
+    rows = canary_rows(identity.vocab_size, identity.max_length)
+    for _ in teacher.score(rows, identity.topk, identity.temperature):
+        pass
+
+
+def read_prompts(config: RunConfig, models: Models) -> tuple[Prompts, Prompts]:
+    """Prompts for training, and held-out ones that are not among them.
+
+    Raises:
+        InputError: a file cannot be used, or a prompt is in both.
+        ConfigError: there is no room for a completion.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models.student.folder)
+    longest = min(models.teacher.max_length, models.student.max_length)
+    room = min(longest, config.train.replay.max_tokens) - config.sampler.max_new_tokens
+    training, held_out = (
+        load_prompts(source, tokenizer, room) for source in (config.prompts, config.held_out)
+    )
+    both = {p.id for p in training.prompts} & {p.id for p in held_out.prompts}
+    if both:
+        do = "Take them out of one of the two."
+        got = f"{len(both)} that are among the training prompts too"
+        raise InputError(config.held_out.source, "prompts of their own", got, do)
+    return training, held_out
+
+
+def describe_prompts(source: str, prompts: Prompts) -> str:
+    """One line on what was read."""
+    return (
+        f"{source}: {len(prompts.prompts)} prompts; left out: {prompts.num_too_long} too long, "
+        f"{prompts.num_duplicates} twice"
+    )
+
+
+def _flat(value: dict[str, Any], prefix: str) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        out |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
+    return out
