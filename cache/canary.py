@@ -94,13 +94,15 @@ def _score(cache: Cache, teacher: Teacher) -> dict[str, Any]:
     kept = min(KEPT, identity.topk)
     return {
         "topk_id": np.concatenate([s.topk_id[:, :kept] for s in ordered]).tolist(),
-        "topk_logprob": np.concatenate([s.topk_logprob[:, :kept] for s in ordered])
-        .astype(float)
-        .tolist(),
-        "sampled_logprob": np.concatenate([s.sampled_logprob for s in ordered])
-        .astype(float)
-        .tolist(),
+        "topk_logprob": _finite([s.topk_logprob[:, :kept] for s in ordered]),
+        "sampled_logprob": _finite([s.sampled_logprob for s in ordered]),
     }
+
+
+def _finite(parts: list[np.ndarray]) -> list[Any]:
+    """As JSON numbers, which know no infinity: at low temperatures logprobs leave float16."""
+    joined = np.concatenate(parts).astype(np.float64)
+    return list(np.maximum(joined, np.finfo(np.float16).min).tolist())
 
 
 def _compare(

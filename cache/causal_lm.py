@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from stillroom.cache.errors import ConfigError, InputError
+from stillroom.cache.errors import ConfigError, InputError, first_line
 from stillroom.cache.fingerprint import ModelFiles
 
 PROBE_TOKENS = 8
@@ -30,7 +30,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        cause = str(error).splitlines()[0]
+        cause = first_line(error)
         raise ConfigError(
             "device", "one of this machine, or auto", f"{name!r}: {cause}", "Use auto."
         ) from error
@@ -55,7 +55,7 @@ def load_causal_lm(files: ModelFiles, dtype: str, device: torch.device) -> PreTr
         )
         model, info = loaded
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        cause = str(error).splitlines()[0]
+        cause = first_line(error)
         do = "Save the model again with save_pretrained."
         raise InputError(str(files.folder), "a causal language model", cause, do) from error
     missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))

@@ -73,3 +73,9 @@ class StorageError(StillroomError, OSError):
 
 class ForkedError(StillroomError, RuntimeError):
     """A cache opened before a fork is used in the child, where its threads do not exist."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, on one line; its class where it says nothing."""
+    lines = str(error).split("\n")
+    return lines[0].strip() or type(error).__name__

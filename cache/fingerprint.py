@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.cache import jsonfile
-from stillroom.cache.errors import InputError, MissingError
+from stillroom.cache.errors import InputError, MissingError, first_line
 from stillroom.cache.storage import local_path
 
 VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache")
@@ -59,7 +59,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:
-        cause = str(error).splitlines()[0]
+        cause = first_line(error)
         do = "Check the name; without network, download it first or give a folder."
         raise MissingError(model, "a model folder or a hub id", cause, do) from error
 
@@ -214,7 +214,7 @@ def _vocab(folder: Path) -> dict[str, int]:
     try:
         return dict(AutoTokenizer.from_pretrained(folder).get_vocab())
     except Exception as error:
-        cause = str(error).splitlines()[0]
+        cause = first_line(error)
         raise MissingError(
             str(folder), "a tokenizer", cause, "Save the tokenizer beside the model."
         ) from error

@@ -17,7 +17,7 @@ from typing import Any
 import obstore
 from obstore.store import LocalStore, ObjectStore
 
-from stillroom.cache.errors import ConfigError, ForkedError, MissingError, StorageError
+from stillroom.cache.errors import ConfigError, ForkedError, MissingError, StorageError, first_line
 
 SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
@@ -246,14 +246,14 @@ class Storage:
 
     def _unreadable(self, path: str, error: Exception) -> StorageError:
         return StorageError(
-            self.describe(path), "to read it", _first_line(error), "Check access and try again."
+            self.describe(path), "to read it", first_line(error), "Check access and try again."
         )
 
     def _unwritable(self, path: str, error: Exception) -> StorageError:
         return StorageError(
             self.describe(path),
             "to write a new object (with a hard link, on a local file system)",
-            _first_line(error),
+            first_line(error),
             "Check that the root can be written; give buckets as s3:// or gs://, not mounted.",
         )
 
@@ -276,7 +276,3 @@ def _fsync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

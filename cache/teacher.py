@@ -26,7 +26,8 @@ class TeacherConfig:
     revision: str | None = None
     """Revision of a hub id."""
     dtype: str = "float32"
-    """Compute dtype: float32, bfloat16 or float16. Logits are float32 whatever it is."""
+    """Compute dtype: float32, bfloat16 or float16. Log probabilities are float32
+    whatever it is, from logits of that dtype."""
     device: str = "auto"
     """auto (CUDA if there is one, else CPU), cpu, cuda or cuda:N."""
     max_batch_tokens: int = 8192

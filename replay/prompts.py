@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stillroom.cache.errors import ConfigError, InputError, MissingError
+from stillroom.cache.errors import ConfigError, InputError, MissingError, first_line
 from stillroom.cache.part import prompt_id
 from stillroom.cache.storage import local_path
 
@@ -126,7 +126,7 @@ def _read(config: PromptsConfig) -> Any:
         else:
             rows = datasets.load_dataset(config.source, split=config.split)
     except Exception as error:
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cause = first_line(error)
         do = "Check the name, the format and the split."
         raise InputError(
             config.source, f"prompts as {sorted(LOADERS)} or a hub id", cause, do

@@ -77,7 +77,7 @@ class TrainJob:
     run: str
     """Name of the run, for records in the cache: letters, digits, dots, dashes and underscores."""
     student: str | None = None
-    """Folder of the initial student on this machine, if it lies elsewhere than when it was named."""
+    """Folder of the initial student here, if it lies elsewhere than when it was named."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How the student is trained."""
 
@@ -97,7 +97,7 @@ class RefreshJob:
     prompts: PromptsConfig
     """Prompts; those sampled longest ago come first."""
     student: str | None = None
-    """Folder of the initial student on this machine, if it lies elsewhere than when it was named."""
+    """Folder of the initial student here, if it lies elsewhere than when it was named."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How rollouts are sampled."""
     refresh: RefreshConfig = field(default_factory=RefreshConfig)

@@ -9,8 +9,8 @@ from stillroom.cache import jsonfile
 from stillroom.cache.commits import FILE, Commit, commit_path, read_commit
 from stillroom.cache.part import check_rows, policy_of
 from stillroom.cache.store import Cache
-from stillroom.replay.policies import open_policy, policy_path, policy_versions
 from stillroom.replay.cycle import Cycle
+from stillroom.replay.policies import open_policy, policy_path, policy_versions
 from stillroom.tools.findings import DAMAGE, Finding, Report
 from stillroom.tools.verify_shard import verify_shard
 

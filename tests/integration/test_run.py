@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from stillroom.cache.errors import ConfigError, InputError, MismatchError
+from stillroom.cache.errors import ConfigError, InputError, MismatchError, NumericsError
 from stillroom.cache.store import Cache
 from stillroom.replay.policies import policy_versions
 from stillroom.train.config import RunConfig, build_settings
 from stillroom.train.pipeline import Pipeline
+from stillroom.train.stages import StageLog
+from stillroom.train.summary import printable
 
 Settings = Callable[[Path], dict[str, Any]]
 
@@ -94,7 +98,7 @@ def test_other_settings_are_refused(finished: tuple[dict[str, Any], dict[str, An
     """A run's output and root keep to the settings that they were made with."""
     settings, _ = finished
     train = {**settings["train"], "learning_rate": 0.5}
-    with pytest.raises(ConfigError, match=r"run\.json.*settings of the run"):
+    with pytest.raises(ConfigError, match=r"run\.json.*train.learning_rate = 0.01; got.* = 0.5"):
         pipeline({**settings, "train": train})
     with pytest.raises(MismatchError, match=r"topk = 16.*topk = 8"):
         pipeline({**settings, "topk": 8, "output": settings["output"] + "2"})
@@ -106,3 +110,85 @@ def test_prompts_must_not_be_held_out(run_settings: Settings, tmp_path: Path) ->
     with pytest.raises(InputError, match="training prompts too"):
         pipeline({**settings, "held_out": settings["prompts"]}).run()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_machine_may_change(finished: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Settings that say how a run runs, not what it is, may change while it goes on."""
+    settings, _ = finished
+    teacher = {**settings["teacher"], "max_batch_tokens": 64, "head_rows": 8}
+    other = pipeline({**settings, "teacher": teacher, "accept_numerics": True})
+    assert other.name == pipeline(settings).name
+
+
+def refused(settings: dict[str, Any], folder: Path, error: type[Exception], match: str) -> None:
+    """A run that must end in an error and leave nothing."""
+    before = sorted(folder.iterdir())
+    with pytest.raises(error, match=match):
+        pipeline(settings).run()
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "match"),
+    [
+        (("train", "schedule"), "foo", "train.schedule"),
+        (("train", "optimizer"), "LBFGS", "train.optimizer"),
+        (("sampler", "device"), "cuda:99", "device.*cuda:99"),
+        (("teacher", "device"), "nonsense", "device.*nonsense"),
+        (("sampler", "max_new_tokens"), 256, "room for a prompt"),
+        (("prompts", "max_tokens"), 1, "a prompt of at most 1 tokens"),
+    ],
+)
+def test_what_cannot_run_writes_nothing(
+    run_settings: Settings, tmp_path: Path, place: tuple[str, str], value: object, match: str
+) -> None:
+    """Settings are tried before the first byte is written."""
+    settings = run_settings(tmp_path)
+    settings[place[0]] = {**settings[place[0]], place[1]: value}
+    refused(settings, tmp_path, ConfigError if "max_tokens" not in place else InputError, match)
+
+
+def test_nan_teacher_writes_nothing(
+    run_settings: Settings, tmp_path: Path, teacher_dir: Path
+) -> None:
+    """A teacher that gives NaN is found out before the root is made."""
+    broken = tmp_path / "teacher"
+    shutil.copytree(teacher_dir, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"] *= float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    settings = run_settings(tmp_path)
+    settings["teacher"] = {"model": str(broken), "device": "cpu"}
+    refused(settings, tmp_path, NumericsError, "finite teacher logits")
+
+
+def test_names_and_texts_are_only_printed(run_settings: Settings, tmp_path: Path) -> None:
+    """Brackets and control characters in a prompt's name are not obeyed by the printer."""
+    lines = [{"prompt_name": f"[/x]\x1b[2J {i}", "prompt": f"held {i}: abc"} for i in range(3)]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = run_settings(tmp_path)
+    settings |= {"held_out": {"source": str(tmp_path / "odd.jsonl")}, "rounds": 1}
+    summary = pipeline(settings).run()
+    assert summary.samples[0]["prompt"] == "[/x]\x1b[2J 0"
+    assert printable(summary.samples[0]["prompt"]) == "[/x]\ufffd[2J 0"
+
+
+def test_prompts_are_rendered_once(
+    run_settings: Settings, tmp_path: Path, student_dir: Path
+) -> None:
+    """A template that renders otherwise tomorrow does not stop what was planned today."""
+    student = tmp_path / "student"
+    shutil.copytree(student_dir, student)
+    settings = run_settings(tmp_path) | {"student": str(student), "rounds": 1}
+    log = StageLog(tmp_path / "out" / "stages")
+    run = pipeline(settings)
+    run._score_round = None  # type: ignore[method-assign,assignment]
+    with pytest.raises(TypeError):
+        run.run()
+    part = next((tmp_path / "root" / "rollouts").iterdir())
+    part.unlink()
+    template = student / "chat_template.jinja"
+    template.write_text("today is another day. " + template.read_text())
+    assert log.finished("rollout-0") is None
+    pipeline(settings).run()
+    assert part.is_file()

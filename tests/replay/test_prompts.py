@@ -1,5 +1,6 @@
 """Prompts: every format and column, rendered once, and clear refusals."""
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -294,3 +295,20 @@ def test_a_changed_file_is_read_anew(save: Save, tokenizer: PreTrainedTokenizerB
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"prompts.*{next(iter(wrong))}"):
         PromptsConfig(source="prompts.jsonl", **wrong)
+
+
+def test_messages_as_json_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """CSV can hold messages in no other way; text that is not JSON is refused, not sent."""
+    chat = [{"role": "user", "content": "count: abc"}]
+    path = tmp_path / "chats.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["messages"], [json.dumps(chat)], [json.dumps(chat)]])
+    loaded = load_prompts(PromptsConfig(source=str(path)), tokenizer, 100)
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert loaded.prompts[0].token.tolist() == expected
+    assert (len(loaded.prompts), loaded.num_duplicates) == (1, 1)
+    path.write_text("messages\nhello there\n")
+    with pytest.raises(InputError, match="row 0: expected text or messages"):
+        load_prompts(PromptsConfig(source=str(path)), tokenizer, 100)

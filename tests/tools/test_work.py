@@ -1,5 +1,6 @@
 """The jobs one after another on tiny models, each run twice: nothing is done twice."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,43 @@ def test_yaml_file_of_a_job(flags: Any, tmp_path: Path, teacher_dir: Path, run: 
     assert ran.status == 2
     assert "topk = 3" in ran.err
     assert "topk = 4" in ran.err
+
+
+def test_a_damaged_part_is_scored_again(
+    flags: Any, tmp_path: Path, student_dir: Path, run: Any
+) -> None:
+    root = tmp_path / "cache"
+    for command in ("init", "rollout", "score"):
+        more = flags["first"] if command == "rollout" else []
+        assert run(command, *flags[command], *more).status == 0
+    part = Cache.open(root).parts()[0]
+    damaged = next((root / "scores" / part).rglob("shard.zarr.zip"))
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 3] ^= 1
+    damaged.write_bytes(data)
+    assert run("verify", root).status == 1
+    ran = run("score", *flags["score"], "--again", "v000000-0000000000000000")
+    assert ran.status == 2
+    assert "v000000-0000000000000000: expected a commit" in ran.err
+    assert "1 parts," in run("score", *flags["score"], "--again", part).out
+    assert Cache.open(root).commits()[part] == 1
+    cache = Cache.open(root)
+    assert len(cache.read(part)["token"]) == cache.commit_of(part).tokens
+    assert damaged.is_file()
+
+
+def test_a_student_may_lie_elsewhere(
+    flags: Any, tmp_path: Path, student_dir: Path, run: Any
+) -> None:
+    first, second = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(student_dir, first)
+    assert run("init", *flags["init"], "--student", first).status == 0
+    first.rename(second)
+    ran = run("rollout", *flags["rollout"])
+    assert ran.status == 2
+    assert "--student" in ran.err
+    for command in ("rollout", "score", "train"):
+        more = [] if command == "score" else ["--student", second]
+        ran = run(command, *flags[command], *more)
+        assert ran.status == 0, ran.err
+    assert policy_versions(Cache.open(tmp_path / "cache").storage) == [0, 1]

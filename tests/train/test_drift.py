@@ -57,3 +57,25 @@ def test_record_is_put_once(tmp_path: Path) -> None:
     put_drift(storage, "run", 7, {"0": {"ess": 0.5}})
     stored = jsonfile.load(storage.get("drift/run/00000007.json"), "x")
     assert stored == {"run": "run", "step": 7, "by_policy": {"0": {"ess": 1.0}}}
+
+
+def test_state_and_merge() -> None:
+    """A meter goes on from its state, and the sums of ranks add up."""
+    rng = np.random.default_rng(1)
+    student, behaviour = -rng.random((2, 40))
+    version = np.repeat([0, 1], 20)
+    whole, first, second = (DriftMeter(policy_version=1) for _ in range(3))
+    whole.add(student, behaviour, version)
+    first.add(student[:25], behaviour[:25], version[:25])
+    second.restore(first.state())
+    second.add(student[25:], behaviour[25:], version[25:])
+    expected = whole.take()
+    resumed = second.take()
+    rest = DriftMeter(policy_version=1)
+    rest.add(student[25:], behaviour[25:], version[25:])
+    first.merge([first.by_policy, rest.by_policy])
+    merged = first.take()
+    for found in (resumed, merged):
+        assert found.keys() == expected.keys()
+        for policy, values in expected.items():
+            assert found[policy] == pytest.approx(values)

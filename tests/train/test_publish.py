@@ -52,3 +52,18 @@ def test_object_store_is_refused(student_dir: Path) -> None:
     student = load_student(files, "float32", torch.device("cpu"))
     with pytest.raises(StorageError, match="object store"):
         publish(Storage("s3://bucket/x"), student, files, version=1, run="r", step=1)
+
+
+def test_record_names_the_weights_that_were_trained(student_dir: Path, tmp_path: Path) -> None:
+    """Weights left by a run that died before its record are not taken for those of the next."""
+    storage = Storage(tmp_path)
+    files = inspect_model(str(student_dir))
+    student = load_student(files, "float32", torch.device("cpu"))
+    publish(storage, student, files, version=1, run="r", step=1)
+    (tmp_path / "policies" / "000001.json").unlink()
+    with torch.no_grad():
+        student.model.model.norm.weight.add_(0.5)
+    publish(storage, student, files, version=1, run="r", step=1)
+    loaded = load_student(open_policy(storage, 1), "float32", torch.device("cpu"))
+    for mine, theirs in zip(loaded.parameters(), student.parameters(), strict=True):
+        assert torch.equal(mine, theirs)

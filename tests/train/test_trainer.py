@@ -14,7 +14,7 @@ from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.store import Cache
 from stillroom.replay.stream import ReplayConfig
 from stillroom.train.config import TrainConfig
-from stillroom.train.trainer import ReplayTrainer
+from stillroom.train.trainer import ReplayTrainer, check_trainable, snapshot_for
 
 REPLAY = ReplayConfig(batch_rows=6, max_tokens=64, block_rows=2, window_rows=4)
 CONFIG = TrainConfig(
@@ -146,3 +146,47 @@ def test_unknown_optimizer(cache: Cache, student_dir: Path, tmp_path: Path) -> N
     for name in ("Adagrid", "lr_scheduler"):
         with pytest.raises(ConfigError, match=r"torch\.optim"):
             trainer(cache, student_dir, tmp_path, replace(CONFIG, optimizer=name))
+
+
+def test_run_names_are_checked(cache: Cache, student_dir: Path, tmp_path: Path) -> None:
+    """A name that could not be a path is refused before anything is loaded."""
+    with pytest.raises(ConfigError, match="letters, digits"):
+        trainer(cache, student_dir, tmp_path, run="../up")
+
+
+def test_untrainable_settings() -> None:
+    """What no optimiser or schedule can be made of is refused without a model."""
+    for name in ("LBFGS", "x"):
+        with pytest.raises(ConfigError, match=r"train\.optimizer"):
+            check_trainable(replace(CONFIG, optimizer=name))
+    with pytest.raises(ConfigError, match=r"train\.schedule"):
+        check_trainable(replace(CONFIG, schedule="foo"))
+    check_trainable(CONFIG)
+
+
+def test_a_stopped_run_goes_on_with_its_snapshot(
+    make_cache: Callable[..., Cache], student_dir: Path, tmp_path: Path
+) -> None:
+    """Scores that came in the meantime wait for the next run; drift counts the whole interval."""
+    cache = make_cache(tmp_path / "root")
+    first = cache.snapshot()
+    config = replace(CONFIG, checkpoint_every_steps=1, drift_every_steps=100)
+    assert snapshot_for(cache, tmp_path, "r").id == first.id
+    stopped = trainer(cache, student_dir, tmp_path, config)
+    real_step = stopped._take_step
+
+    def step_or_stop(batch: object, report: object) -> None:
+        if stopped.step == 3:
+            raise KeyboardInterrupt
+        real_step(batch, report)  # type: ignore[arg-type]
+
+    stopped._take_step = step_or_stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    make_cache(tmp_path / "root", seed=1)
+    assert cache.snapshot().id != first.id
+    snapshot = snapshot_for(cache, tmp_path, "r")
+    assert snapshot.id == first.id
+    files = inspect_model(str(student_dir))
+    report = ReplayTrainer(files, 0, cache, snapshot, config, tmp_path, "r").train()
+    assert report.drift["0"]["positions"] == report.positions == 3 * first.positions
