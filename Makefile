@@ -51,7 +51,7 @@ type: install link
 test: install
 	$(BIN)/pytest
 
-test-slow: install
+test-slow: demo-packages
 	$(BIN)/pytest -m '(slow or e2e) and not gpu'
 
 build: install

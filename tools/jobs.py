@@ -74,7 +74,7 @@ class TrainJob:
     """The cache: a folder."""
     output: str
     """Folder for logs and checkpoints."""
-    run: str
+    run_name: str
     """Name of the run, for records in the cache: letters, digits, dots, dashes and underscores."""
     student: str | None = None
     """Folder of the initial student here, if it lies elsewhere than when it was named."""
@@ -83,9 +83,9 @@ class TrainJob:
 
     def __post_init__(self) -> None:
         """Check the name."""
-        if not RUN_NAME.fullmatch(self.run):
+        if not RUN_NAME.fullmatch(self.run_name):
             expected = "letters, digits, dots, dashes and underscores"
-            raise ConfigError("run", expected, repr(self.run), "Choose another name.")
+            raise ConfigError("run_name", expected, repr(self.run_name), "Choose another name.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

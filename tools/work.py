@@ -117,18 +117,23 @@ def train_newest(job: TrainJob) -> int:
 
     def choose() -> tuple[int, str]:
         newest = _newest(cache)
-        return newest, snapshot_for(cache, output, f"{job.run}-{newest:06d}").id
+        return newest, snapshot_for(cache, output, f"{job.run_name}-{newest:06d}").id
 
-    version, snapshot_id = same_on_all_ranks(choose, on_cpu=job.train.device == "cpu")
+    version, snapshot_id = same_on_all_ranks(choose, job.train.device)
     files = open_policy(cache.storage, version, _known(job.student))
     snapshot = cache.open_snapshot(snapshot_id)
-    name = f"{job.run}-{version:06d}"
+    name = f"{job.run_name}-{version:06d}"
     trainer = ReplayTrainer(files, version, cache, snapshot, job.train, output, name)
     report = trainer.train()
     if not trainer.is_main:
         return 0
     policy = publish(
-        cache.storage, trainer.student, files, version=version + 1, run=job.run, step=report.steps
+        cache.storage,
+        trainer.student,
+        files,
+        version=version + 1,
+        run=job.run_name,
+        step=report.steps,
     )
     record = {
         "settings": asdict(job),

@@ -3,21 +3,28 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 
-def same_on_all_ranks(choose: Callable[[], Any], *, on_cpu: bool) -> Any:
+def on_cpu(device: str) -> bool:
+    """Whether training with this setting runs on the CPU; accelerate must be told, or launched
+    processes on a machine without a GPU would each train alone."""
+    return device == "cpu" or not torch.cuda.is_available()
+
+
+def same_on_all_ranks(choose: Callable[[], Any], device: str) -> Any:
     """Let rank 0 choose, and give its choice to every rank.
 
     Args:
         choose: called on rank 0 only; returns something that pickles.
-        on_cpu: whether training runs on the CPU.
+        device: the setting, auto or cpu.
 
     Raises:
         Exception: whatever `choose` raised, on every rank.
     """
-    state = PartialState(cpu=on_cpu)
+    state = PartialState(cpu=on_cpu(device))
     chosen: list[Any] = [None, None]
     if state.is_main_process:
         try:

@@ -35,6 +35,7 @@ from stillroom.train.checkpoint import (
 from stillroom.train.config import RUN_NAME, TrainConfig
 from stillroom.train.drift import DriftMeter, put_drift
 from stillroom.train.objectives import divergence, sampled_logprob, token_mean
+from stillroom.train.parallel import on_cpu
 from stillroom.train.student import load_student, to_target
 
 
@@ -85,7 +86,7 @@ class ReplayTrainer:
         self._cache, self._config, self._run = cache, config, run
         set_seed(config.seed)
         self._accelerator = Accelerator(
-            cpu=config.device == "cpu",
+            cpu=on_cpu(config.device),
             mixed_precision=config.mixed_precision,
             log_with="tensorboard",
             project_dir=str(output / "tensorboard"),

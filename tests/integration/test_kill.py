@@ -134,14 +134,17 @@ def test_killed_run_ends_like_an_unbroken_one(
 
 
 @pytest.mark.slow
-def test_killed_at_every_put(
+def test_killed_at_every_third_put(
     runner: Runner, run_settings: Settings, unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
-    """One run that is killed at its first put, then at its second, and so on to the end."""
-    settings = run_settings(tmp_path)
-    deaths = 0
-    while runner.run(settings, put("", 2, "after")) == signal.SIGKILL:
-        deaths += 1
-        assert deaths < 500
-    assert deaths > 20
-    assert left(settings) == unbroken
+    """Runs that die at their first put, their fourth, and so on; each is then continued."""
+    nth = 1
+    while True:
+        settings = run_settings(tmp_path / str(nth))
+        (tmp_path / str(nth)).mkdir()
+        if runner.run(settings, put("", nth, "before" if nth % 2 else "after")) == 0:
+            break
+        assert runner.run(settings) == 0
+        assert left(settings) == unbroken
+        nth += 3
+    assert nth > 40

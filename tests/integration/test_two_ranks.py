@@ -24,7 +24,6 @@ pytestmark = pytest.mark.dist
 SETTINGS: dict[str, Any] = {
     "epochs": 2,
     "learning_rate": 1e-2,
-    "device": "cpu",
     "optimizer": "SGD",
     "drift_every_steps": 3,
     "replay": {"batch_rows": 5, "max_tokens": 40, "block_rows": 2, "window_rows": 4},

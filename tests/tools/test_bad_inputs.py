@@ -39,7 +39,7 @@ class World:
             "rollout": [*root, *sample, *student],
             "refresh": [*root, *sample],
             "score": [*root, *teacher],
-            "train": [*root, *output, "--run", "r", "--train.device", "cpu"],
+            "train": [*root, *output, "--run-name", "r", "--train.device", "cpu"],
             "run": [*root, *output, *teacher, *student, *sample, *run],
         }[command]
 

@@ -25,10 +25,10 @@ def write(tmp_path: Path) -> Any:
 
 
 def test_flags_win_over_the_file(write: Any) -> None:
-    path = write("root: r\noutput: o\nrun: a\ntrain:\n  epochs: 3\n  learning_rate: 2e-4\n")
-    job = parse_with_file(TrainJob, [path, "--run", "b", "--train.epochs", "0.5"], "p")
+    path = write("root: r\noutput: o\nrun_name: a\ntrain:\n  epochs: 3\n  learning_rate: 2e-4\n")
+    job = parse_with_file(TrainJob, [path, "--run-name", "b", "--train.epochs", "0.5"], "p")
     train = TrainConfig(epochs=0.5, learning_rate=2e-4)
-    assert job == TrainJob(root="r", output="o", run="b", train=train)
+    assert job == TrainJob(root="r", output="o", run_name="b", train=train)
 
 
 def test_either_may_hold_what_is_required(write: Any) -> None:
@@ -41,7 +41,7 @@ def test_either_may_hold_what_is_required(write: Any) -> None:
 
 
 def test_ranges_are_checked_once_file_and_flags_are_together(write: Any) -> None:
-    path = write("root: r\noutput: o\nrun: a\ntrain: {kind: jsd}\n")
+    path = write("root: r\noutput: o\nrun_name: a\ntrain: {kind: jsd}\n")
     assert parse_with_file(TrainJob, [path, "--train.param", "0.5"], "p").train.param == 0.5
     with pytest.raises(ConfigError, match=r"train\.param: expected beta"):
         parse_with_file(TrainJob, [path], "p")
@@ -87,8 +87,8 @@ def test_missing_required_setting_exits_2_and_names_it(
 
 
 def test_refused_values_are_raised_whole(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match=r"run: expected letters.*got 'a b'"):
-        parse_with_file(TrainJob, ["--root", "r", "--output", "o", "--run", "a b"], "p")
+    with pytest.raises(ConfigError, match=r"run_name: expected letters.*got 'a b'"):
+        parse_with_file(TrainJob, ["--root", "r", "--output", "o", "--run-name", "a b"], "p")
     nested = ["--root", "r", "--teacher.model", "t", "--teacher.dtype", "int8"]
     with pytest.raises(ConfigError, match=r"teacher\.dtype: expected one of"):
         parse_with_file(ScoreJob, nested, "p")

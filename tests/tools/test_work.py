@@ -21,7 +21,7 @@ def flags(tmp_path: Path, teacher_dir: Path, student_dir: Path, prompts_file: Pa
     sample = ["--prompts.source", prompts_file, "--sampler.max-new-tokens", 5]
     sample += ["--sampler.device", "cpu", "--refresh.prompts-per-cycle", 6]
     sample += ["--refresh.unit-rollouts", 4, "--refresh.max-lag", 0]
-    train = ["--output", tmp_path / "out", "--run", "tiny", "--train.device", "cpu"]
+    train = ["--output", tmp_path / "out", "--run-name", "tiny", "--train.device", "cpu"]
     train += ["--train.replay.batch-rows", 4]
     return {
         "init": [*root, *teacher, "--topk", 8],
