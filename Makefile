@@ -11,7 +11,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 help:
 	@echo 'install    make $(VENV) with the exact versions in constraints.txt (PYTHON=... picks the interpreter)'
 	@echo 'demo       prepare and run examples/quickstart'
-	@echo 'test       the quick tests;  test-slow: the slow and end-to-end ones'
+	@echo 'test       the quick tests;  test-slow: killed runs, and the quickstart on its real models'
 	@echo 'lint       ruff check and format;  type: mypy strict'
 	@echo 'build      sdist and wheel in dist/'
 	@echo 'clean      remove what lint, type, test and build leave behind; keeps $(VENV)'

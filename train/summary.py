@@ -9,7 +9,7 @@ from rich.text import Text
 
 from stillroom.train.stages import StageRecord
 
-FIRST_WORDS = 96
+FIRST_WORDS = 86
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
