@@ -44,7 +44,7 @@ class Snapshot:
     @property
     def id(self) -> str:
         """Hash of the list: 32 hexadecimal digits."""
-        return jsonfile.digest(jsonfile.dump([[c.part, c.n, c.digest()] for c in self.commits]))
+        return _list_id([(c.part, c.n, c.digest()) for c in self.commits])
 
     @property
     def rows(self) -> int:
@@ -96,9 +96,16 @@ def open_snapshot(storage: Storage, snapshot_id: str) -> Snapshot:
     where = storage.describe(path)
     data = storage.get(path)
     try:
-        rows = read_parquet(data).select(["part", "n", "commit_hash"]).to_pylist()
+        table = read_parquet(data)
+        if table.schema.remove_metadata() != SCHEMA:
+            raise ValueError(f"columns {table.schema.names}")
+        rows = table.to_pylist()
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise CorruptError(where, "a snapshot", str(error), "Make a new snapshot.") from error
+    listed = _list_id([(row["part"], row["n"], row["commit_hash"]) for row in rows])
+    if listed != snapshot_id:
+        do = "Make a new snapshot."
+        raise CorruptError(where, f"a list with hash {snapshot_id}", listed, do)
     commits, objects = [], {entry.path for entry in storage.list("scores")}
     for row in rows:
         try:
@@ -118,12 +125,11 @@ def open_snapshot(storage: Storage, snapshot_id: str) -> Snapshot:
             do = "Restore it, or make a new snapshot."
             raise MissingError(where, f"the part {commit.part}", "no shard of it", do)
         commits.append(commit)
-    snapshot = Snapshot(tuple(commits))
-    if snapshot.id != snapshot_id:
-        raise CorruptError(
-            where, f"a list with hash {snapshot_id}", snapshot.id, "Make a new snapshot."
-        )
-    return snapshot
+    return Snapshot(tuple(commits))
+
+
+def _list_id(rows: list[tuple[str, int, str]]) -> str:
+    return jsonfile.digest(jsonfile.dump([list(row) for row in rows]))
 
 
 def snapshot_path(snapshot_id: str) -> str:
