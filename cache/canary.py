@@ -15,7 +15,7 @@ import xxhash
 from stillroom.cache import jsonfile
 from stillroom.cache.errors import CorruptError, MismatchError
 from stillroom.cache.store import Cache
-from stillroom.cache.teacher import RowScores, ScoreRow, Teacher
+from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec, Teacher
 
 LENGTHS = (2, 4, 8, 16, 32, 64, 96, 128)
 KEPT = 16
@@ -69,7 +69,7 @@ def check_canary(
                 f"{teacher.numeric_class}, {difference.sampled_nats:.2g} nats apart",
                 "If this engine may fill the cache too, confirm it with --accept-numerics.",
             )
-    if not cache.storage.put_new(path, jsonfile.dump({**scores, "order": len(known)})):
+    if not cache.storage.put_new(path, jsonfile.dump_sealed({**scores, "order": len(known)})):
         return _compare(cache, path, scores, SAME_CLASS, teacher)
     return difference
 
@@ -89,7 +89,8 @@ def canary_rows(vocab_size: int, max_length: int) -> list[ScoreRow]:
 def _score(cache: Cache, teacher: Teacher) -> dict[str, Any]:
     identity = cache.identity
     rows = canary_rows(identity.vocab_size, identity.max_length)
-    found = dict(teacher.score(rows, identity.topk, identity.temperature))
+    spec = ScoreSpec(topk=identity.topk, temperature=identity.temperature)
+    found = dict(teacher.score(rows, spec))
     ordered: list[RowScores] = [found[i] for i in range(len(rows))]
     kept = min(KEPT, identity.topk)
     return {
@@ -109,7 +110,7 @@ def _compare(
     cache: Cache, path: str, scores: dict[str, Any], limits: tuple[float, float], teacher: Teacher
 ) -> Difference:
     where = cache.storage.describe(path)
-    stored = jsonfile.load(cache.storage.get(path), where)
+    stored = jsonfile.load_sealed(cache.storage.get(path), where)
     try:
         difference = _difference(stored, scores)
     except (KeyError, ValueError, TypeError) as error:
@@ -155,7 +156,7 @@ def _kl(first: dict[int, float], second: dict[int, float]) -> float:
 
 
 def _first(cache: Cache, paths: list[str]) -> str:
-    orders = {p: jsonfile.load(cache.storage.get(p), p).get("order", 0) for p in paths}
+    orders = {p: jsonfile.load_sealed(cache.storage.get(p), p).get("order", 0) for p in paths}
     return min(paths, key=lambda p: (orders[p], p))
 
 

@@ -10,24 +10,29 @@ import base64
 import re
 import time
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from stillroom.cache import jsonfile
-from stillroom.cache.errors import CorruptError, MissingError, StorageError
+from stillroom.cache.errors import CorruptError, InputError, MissingError, StorageError
 from stillroom.cache.part import NAME, policy_of
 from stillroom.cache.schema import FORMAT_VERSION
 from stillroom.cache.storage import Storage
 
 RETRIES = 4
 BACKOFF_S = 0.2
-FILE = re.compile(r"(v\d{6,9}-[0-9a-f]{16})\.(\d+)\.json")
-ATTEMPT = re.compile(r"[0-9a-f]{32}")
+FILE = re.compile(r"(v\d{6,9}-[0-9a-f]{16})\.(0|[1-9]\d{0,8})\.json")
+HASH = re.compile(r"[0-9a-f]{32}")
+MAX_BYTES = 32 << 20
+MAX_ROWS = 1 << 24
+MAX_COUNT = 1 << 48
+"""Of tokens or bytes: far beyond any part, so that sums of many stay within 64 bits."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Commit:
     """One attempt made a part's shard."""
 
@@ -57,10 +62,15 @@ class Commit:
 
     def to_json(self) -> bytes:
         """Canonical bytes."""
-        return jsonfile.dump(asdict(self))
+        value = {field.name: getattr(self, field.name) for field in fields(self)}
+        return jsonfile.dump_sealed(value)
 
     def digest(self) -> str:
         """Hash of the canonical bytes."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         return jsonfile.digest(self.to_json())
 
     @property
@@ -75,16 +85,20 @@ class Commit:
             CorruptError: the table does not fit the commit.
         """
         size = self.rows * 12
+        inflate = zlib.decompressobj()
         try:
-            data = zlib.decompressobj().decompress(base64.b64decode(self.row_table), size + 1)
+            data = inflate.decompress(base64.b64decode(self.row_table, validate=True), size + 1)
         except (zlib.error, ValueError) as error:
             raise self._bad_table(str(error)) from error
-        if len(data) != size:
+        if len(data) != size or not inflate.eof:
             raise self._bad_table(f"{len(data)} bytes")
-        table = np.frombuffer(data, "<u4").reshape(self.rows, 3)
-        if table[:, 0].sum() != self.tokens or table[:, 2].sum() != self.positions:
+        prompt, positions, others = np.frombuffer(data, "<u4").reshape(3, self.rows).astype(int)
+        tokens = prompt + positions + others
+        if tokens.sum() != self.tokens or positions.sum() != self.positions:
             raise self._bad_table("other sums")
-        return table
+        if tokens.max(initial=0) > np.iinfo(np.uint32).max:
+            raise self._bad_table("a row of 2^32 tokens or more")
+        return np.stack([tokens, prompt, positions], axis=1).astype(np.uint32)
 
     def _bad_table(self, got: str) -> CorruptError:
         where = f"commit {self.part}.{self.n}, row table"
@@ -94,8 +108,19 @@ class Commit:
 
 
 def encode_row_table(tokens: np.ndarray, prompt: np.ndarray, positions: np.ndarray) -> str:
-    """Pack the three lengths of each row."""
-    table = np.stack([tokens, prompt, positions], axis=1).astype("<u4")
+    """Pack the three lengths of each row: base64 of zlib of three columns of uint32, which are
+    prompt tokens, positions, and the completion tokens that are not scored.
+
+    Raises:
+        InputError: a row has fewer tokens than its prompt and its positions.
+    """
+    prompt, positions = prompt.astype(np.int64), positions.astype(np.int64)
+    others = tokens.astype(np.int64) - prompt - positions
+    if others.min(initial=0) < 0:
+        row = int(others.argmin())
+        got = f"{tokens[row]} in row {row}"
+        raise InputError("row lengths", "prompt + positions tokens at least", got, "Report this.")
+    table = np.stack([prompt, positions, others]).astype("<u4")
     return base64.b64encode(zlib.compress(table.tobytes(), 9)).decode()
 
 
@@ -116,9 +141,14 @@ def put_commit(storage: Storage, commit: Commit) -> bool:
         Whether this attempt won.
 
     Raises:
+        InputError: no reader would take it: the part has too many rows.
         StorageError: the storage answers neither way; nothing is known, and nothing was deleted.
     """
     path, data = commit_path(commit.part, commit.n), commit.to_json()
+    if commit.rows > MAX_ROWS or len(data) > MAX_BYTES:
+        expected = f"a commit of at most {MAX_ROWS} rows and {MAX_BYTES} bytes"
+        got = f"{commit.rows} rows, {len(data)} bytes"
+        raise InputError(f"part {commit.part}", expected, got, "Make smaller parts.")
     failure: StorageError | None = None
     for attempt in range(RETRIES):
         if attempt:
@@ -146,19 +176,47 @@ def read_commit(storage: Storage, path: str) -> Commit:
     Raises:
         CorruptError: it is not a commit, or not the one that its name says.
     """
-    where = storage.describe(path)
-    commit: Commit = jsonfile.build(Commit, jsonfile.load(storage.get(path), where), where)
-    if commit.format_version != FORMAT_VERSION or not ATTEMPT.fullmatch(commit.attempt):
-        raise CorruptError(
-            where, f"a commit of format {FORMAT_VERSION}", "another", "Restore the file."
-        )
-    if min(commit.rows, commit.positions, commit.tokens, commit.teacher_prompt_tokens) < 0:
-        raise CorruptError(where, "counts from 0", "a negative one", "Restore the file.")
-    if not NAME.fullmatch(commit.part) or commit_path(commit.part, commit.n) != path:
-        raise CorruptError(
-            where, "the commit that its name says", f"{commit.part}.{commit.n}", "Restore it."
-        )
+    return decode_commit(storage.get(path), path, storage.describe(path))
+
+
+def decode_commit(data: bytes, path: str, where: str) -> Commit:
+    """Parse and check the bytes of a commit.
+
+    Args:
+        data: what is stored.
+        path: object that must hold it.
+        where: named by the error.
+
+    Raises:
+        CorruptError: it is not a commit, or not the one that the path says.
+    """
+    commit: Commit = jsonfile.build(Commit, jsonfile.load_sealed(data, where, MAX_BYTES), where)
+    expected, got = _problem(commit, path, data)
+    if expected:
+        raise CorruptError(where, expected, got, "Restore the file.")
     return commit
+
+
+def _problem(commit: Commit, path: str, data: bytes) -> tuple[str, str]:
+    """What is wrong with a commit, as (expected, got); empty if nothing is."""
+    if commit.format_version != FORMAT_VERSION:
+        return f"a commit of format {FORMAT_VERSION}", f"{commit.format_version}"
+    if not NAME.fullmatch(commit.part) or commit_path(commit.part, commit.n) != path:
+        return "the commit that its name says", f"{commit.part:.40}.{commit.n}"
+    for name in ("attempt", "identity", "manifest_hash", "rollouts_hash"):
+        if not HASH.fullmatch(getattr(commit, name)):
+            return f"32 hexadecimal digits of {name}", f"{getattr(commit, name)!r:.80}"
+    if not (0 <= commit.rows <= min(commit.positions, MAX_ROWS)):
+        return f"0 to {MAX_ROWS} rows with a position each", f"{commit.rows}, {commit.positions}"
+    if not commit.rows + commit.positions <= commit.tokens <= MAX_COUNT:
+        expected = f"tokens for {commit.rows} prompts and {commit.positions} positions"
+        return expected, f"{commit.tokens}"
+    others = (commit.teacher_prompt_tokens, commit.stored_bytes, commit.teacher_s)
+    if not 0 <= min(others) <= max(others) <= MAX_COUNT:
+        return f"counts from 0 to {MAX_COUNT}", f"{others}"
+    if commit.digest() != jsonfile.digest(data):
+        return "canonical JSON", "the same values in other bytes"
+    return "", ""
 
 
 def list_commits(storage: Storage) -> dict[str, int]:
@@ -168,6 +226,6 @@ def list_commits(storage: Storage) -> dict[str, int]:
     for entry in storage.list("commits"):
         name = entry.path.rsplit("/", 1)[1]
         match = FILE.fullmatch(name)
-        if match and name not in quarantined:
+        if match and name not in quarantined and entry.path == commit_path(match[1], int(match[2])):
             found[match[1]] = max(found.get(match[1], 0), int(match[2]))
     return found

@@ -9,7 +9,9 @@ from stillroom.cache.errors import ConfigError, CorruptError, MismatchError
 from stillroom.cache.schema import FORMAT_VERSION
 
 KNOWN_FEATURES = frozenset[str]()
-SHARD_FORMATS = ("zarr",)
+EXTRA_KINDS = ("none", "student", "tail")
+MAX_EXTRA = 1024
+SHARD_FORMATS = ("zarr", "parquet")
 MAX_TOPK = 65535
 FOR_PEOPLE = ("teacher.name", "teacher.revision")
 
@@ -42,9 +44,13 @@ class Identity:
     topk: int = 64
     """K, entries a position, 1 to vocab_size."""
     mass: float = 1.0
-    """Entries are kept until they cover this probability; 1 keeps all K."""
+    """Of the K likeliest, the fewest that cover this probability are kept; 0 < mass <= 1, and 1
+    keeps all K."""
     extra: int = 0
-    """M, further scored ids a position."""
+    """M, further scored ids a position, 0 to MAX_EXTRA."""
+    extra_kind: str = "none"
+    """Whose they are: none (M is 0), student (the part brings them), or tail (the teacher draws
+    them from its probability outside the kept entries)."""
     shard_format: str = "zarr"
     required_features: tuple[str, ...] = ()
     """What a reader must know beyond the format version; it refuses what it does not."""
@@ -56,18 +62,29 @@ class Identity:
             _refuse("topk", f"1 to {min(self.vocab_size, MAX_TOPK)} (the vocabulary)", self.topk)
         if not 0 < self.temperature < float("inf"):
             _refuse("temperature", "a positive number", self.temperature)
-        if self.mass != 1.0:
-            _refuse("mass", "1 (no mass cut-off)", self.mass)
-        if self.extra != 0:
-            _refuse("extra", "0 (no extra ids)", self.extra)
+        if not 0 < self.mass <= 1:
+            _refuse("mass", "a probability above 0", self.mass)
+        if not 0 <= self.extra <= MAX_EXTRA:
+            _refuse("extra", f"0 to {MAX_EXTRA}", self.extra)
+        if self.extra_kind not in EXTRA_KINDS:
+            _refuse("extra_kind", f"one of {EXTRA_KINDS}", self.extra_kind)
+        if (self.extra == 0) != (self.extra_kind == "none"):
+            got = f"{self.extra_kind} with {self.extra} extra ids"
+            _refuse("extra_kind", "none without extra ids, student or tail with them", got)
         if self.shard_format not in SHARD_FORMATS:
             _refuse("shard_format", f"one of {SHARD_FORMATS}", self.shard_format)
         if self.logit_width < self.vocab_size:
             _refuse("logit_width", f"at least the tokenizer's {self.vocab_size}", self.logit_width)
 
+    @property
+    def student_extra(self) -> int:
+        """Ids that a part may bring for each completion token: M, or 0 unless they are the
+        student's."""
+        return self.extra if self.extra_kind == "student" else 0
+
     def to_json(self) -> bytes:
         """Canonical bytes, as stored in `cache.json`."""
-        return jsonfile.dump(asdict(self))
+        return jsonfile.dump_sealed(asdict(self))
 
     def digest(self) -> str:
         """Hash of the canonical bytes; commits and shards carry it."""
@@ -82,7 +99,7 @@ class Identity:
                 here.
             CorruptError: it is not an identity.
         """
-        value = jsonfile.load(data, where)
+        value = jsonfile.load_sealed(data, where)
         version = value.get("format_version")
         if version != FORMAT_VERSION:
             do = "Read it with the version of Stillroom that wrote it."

@@ -2,27 +2,27 @@
 
 A reader needs no other metadata: it takes ranges from here, verifies them, and decodes. The commit
 holds the manifest's own hash, so a chunk cannot be swapped for another, moved, or left out
-unnoticed.
+unnoticed. It is the same for every shard format; which columns are stored, and how many rows a
+chunk holds, is the format's.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from stillroom.cache import jsonfile
 from stillroom.cache.errors import CorruptError
-from stillroom.cache.schema import BY_NAME, FORMAT_VERSION, USER_NAME
+from stillroom.cache.schema import COLUMNS, FORMAT_VERSION, USER_NAME
 
-OBJECT_NAME = "shard.zarr.zip"
-CHUNK_ROWS = 2048
-BLOCK_ROWS = 65_536
+MAX_NUMBERS = 1 << 40
+DTYPES = frozenset(column.dtype for column in COLUMNS)
+"""Of stored arrays, as NumPy calls them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One encoded chunk."""
+    """One range of the shard's object."""
 
     offset: int
     """First byte in the shard's object."""
@@ -34,11 +34,12 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ArrayEntry:
-    """One array: its chunks hold `CHUNK_ROWS` rows each, the last one filled up with zeros."""
+    """One stored array."""
 
     dtype: str
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
+    """In row order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +55,8 @@ class Manifest:
     hash: str
     """xxh3-128 of the whole object."""
     arrays: dict[str, ArrayEntry]
+    row_groups: tuple[int, ...] = ()
+    """Sequences in each row group, in order; Parquet only."""
     attributes: dict[str, Any]
     """Sampler settings and what else is true of the whole shard."""
     format_version: int = FORMAT_VERSION
@@ -74,7 +77,9 @@ class Manifest:
         """
         value = jsonfile.load(data, where)
         try:
-            value["arrays"] = {n: _array(n, e, value["size"]) for n, e in value["arrays"].items()}
+            size = value["size"]
+            value["arrays"] = {n: _array(n, e, size) for n, e in value["arrays"].items()}
+            value["row_groups"] = tuple(int(n) for n in value["row_groups"])
             _check_user_axes(value["attributes"]["user_axes"], value["arrays"])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CorruptError(where, "a manifest", repr(error), "Score the part again.") from error
@@ -82,7 +87,7 @@ class Manifest:
         return manifest
 
     def check_shapes(self, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
-        """Refuse arrays that are not exactly the expected ones.
+        """Refuse stored arrays that are not exactly the expected ones.
 
         Raises:
             CorruptError: names what differs.
@@ -95,25 +100,24 @@ class Manifest:
             raise CorruptError(where, f"shapes {want} of {names}", f"{got}", do)
 
 
-def _array(name: str, entry: dict[str, Any], size: int) -> ArrayEntry:
-    dtype = "float32" if USER_NAME.fullmatch(name) else BY_NAME[name].dtype
-    shape = tuple(int(n) for n in entry["shape"])
-    chunks = tuple(Chunk(int(o), int(n), str(h)) for o, n, h in entry["chunks"])
-    if entry["dtype"] != dtype or min(shape) < 0 or len(shape) > 2:
-        raise ValueError(f"{name}: {entry['dtype']}{shape}")
-    if len(chunks) != -(-shape[0] // CHUNK_ROWS):
-        raise ValueError(f"{name}: {len(chunks)} chunks for {shape[0]} rows")
-    if any(c.offset < 0 or c.length < 1 or c.offset + c.length > size for c in chunks):
+def _chunk(name: str, value: list[Any], size: int) -> Chunk:
+    offset, length, digest = value
+    chunk = Chunk(int(offset), int(length), str(digest))
+    if chunk.offset < 0 or chunk.length < 1 or chunk.offset + chunk.length > size:
         raise ValueError(f"{name}: a chunk outside the object")
-    return ArrayEntry(dtype, shape, chunks)
+    return chunk
+
+
+def _array(name: str, entry: dict[str, Any], size: int) -> ArrayEntry:
+    dtype, stated = entry["dtype"], tuple(int(n) for n in entry["shape"])
+    if dtype not in DTYPES or not 1 <= len(stated) <= 2 or min(stated) < 0:
+        raise ValueError(f"{name}: {dtype!r:.40}{stated}")
+    if math.prod(stated) > MAX_NUMBERS:
+        raise ValueError(f"{name}: {stated} numbers")
+    return ArrayEntry(dtype, stated, tuple(_chunk(name, c, size) for c in entry["chunks"]))
 
 
 def _check_user_axes(axes: dict[str, str], arrays: dict[str, ArrayEntry]) -> None:
     user = {name for name in arrays if USER_NAME.fullmatch(name)}
     if axes.keys() != user or not set(axes.values()) <= {"sequence", "position"}:
         raise ValueError(f"axes {axes} of the user columns {sorted(user)}")
-
-
-def chunk_numbers(shape: tuple[int, ...]) -> int:
-    """Numbers in every chunk of an array of this shape."""
-    return CHUNK_ROWS * int(np.prod(shape[1:], dtype=np.int64))

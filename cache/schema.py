@@ -21,6 +21,8 @@ from stillroom.cache.errors import ShapeError
 FORMAT_VERSION: Final = 1
 UNUSED_ID: Final = 2**32 - 1
 USER_PREFIX: Final = "x_"
+CHECKED_ROWS: Final = 65_536
+"""Positions whose entries are compared at once."""
 USER_NAME: Final = re.compile(r"x_[A-Za-z0-9_]+")
 
 Axis = Literal["position", "token", "sequence", "edge", "teacher_token"]
@@ -82,7 +84,14 @@ COLUMNS: Final = (
         "nats",
         "the sampling policy's logprob; NaN if unknown",
     ),
-    Column("extra_id", "position", "uint32", "M", "token id", "further ids that were scored"),
+    Column(
+        "extra_id",
+        "position",
+        "uint32",
+        "M",
+        "token id",
+        "ids that the student chose, or draws from the teacher's tail",
+    ),
     Column(
         "extra_logprob", "position", "float16", "M", "nats", "the teacher's logprobs of extra_id"
     ),
@@ -92,7 +101,7 @@ COLUMNS: Final = (
         "float32",
         "M",
         "nats",
-        "the sampling policy's logprobs of extra_id",
+        "their logprobs where they were chosen; NaN if unknown",
     ),
     Column(
         "token",
@@ -198,6 +207,8 @@ PART_SCHEMA: Final = pa.schema(
         pa.field("policy_version_min", pa.int32(), nullable=False),
         pa.field("policy_version_max", pa.int32(), nullable=False),
         pa.field("ends_with_stop", pa.bool_(), nullable=False),
+        pa.field("extra_id", pa.list_(pa.list_(pa.uint32()))),
+        pa.field("extra_behaviour_logprob", pa.list_(pa.list_(pa.float32()))),
     ]
 )
 
@@ -223,7 +234,7 @@ def expected_shapes(sizes: Mapping[str, int], topk: int, extra: int) -> dict[str
 
 def check_arrays(arrays: Arrays, topk: int, extra: int) -> None:
     """Refuse arrays that are not a whole shard: a column missing, or of another dtype or shape,
-    or offsets that do not fit.
+    offsets that do not fit, or entries that are used beyond their count.
 
     Raises:
         ShapeError: names the first wrong column.
@@ -250,6 +261,7 @@ def check_arrays(arrays: Arrays, topk: int, extra: int) -> None:
             raise _wrong(name, f"offsets from 0 up to {end}", "others")
     if arrays["scored"].sum() != sizes["position"]:
         raise _wrong("scored", f"{sizes['position']} ones", "another sum")
+    check_entries(arrays, topk, extra)
     for name in arrays.keys() - shapes.keys():
         known_shape = arrays[name].shape in ((sizes["sequence"],), (sizes["position"],))
         if not (USER_NAME.fullmatch(name) and arrays[name].dtype == np.float32 and known_shape):
@@ -259,6 +271,34 @@ def check_arrays(arrays: Arrays, topk: int, extra: int) -> None:
                 f"{arrays[name].dtype}{list(arrays[name].shape)}",
                 f"Name it {USER_PREFIX} and letters, digits or _, or leave it out.",
             )
+
+
+def check_entries(arrays: Arrays, topk: int, extra: int) -> None:
+    """Refuse positions whose entries do not fit their count: up to it each has an id, from there
+    on none; what has no id has no score.
+
+    Raises:
+        ShapeError: names the first wrong column.
+    """
+    count = arrays["topk_count"]
+    if len(count) and not 1 <= count.min() <= count.max() <= topk:
+        raise _wrong("topk_count", f"1 to {topk}", f"{count.min()} to {count.max()}")
+    for start in range(0, len(count), CHECKED_ROWS):
+        rows = slice(start, start + CHECKED_ROWS)
+        unused = np.arange(topk) >= count[rows, None]
+        if ((arrays["topk_id"][rows] == UNUSED_ID) != unused).any():
+            raise _wrong("topk_id", f"{UNUSED_ID} from topk_count on, and only there", "others")
+        _check_unscored(arrays, "topk_logprob", rows, unused)
+        if extra:
+            unused = arrays["extra_id"][rows] == UNUSED_ID
+            _check_unscored(arrays, "extra_logprob", rows, unused)
+            if not np.isnan(arrays["extra_behaviour_logprob"][rows][unused]).all():
+                raise _wrong("extra_behaviour_logprob", "NaN where there is no id", "others")
+
+
+def _check_unscored(arrays: Arrays, name: str, rows: slice, unused: np.ndarray) -> None:
+    if not np.isneginf(arrays[name][rows][unused]).all():
+        raise _wrong(name, "-inf where there is no id", "others")
 
 
 def _wrong(name: str, expected: str, got: str) -> ShapeError:

@@ -1,16 +1,15 @@
-"""Reading a committed shard: ranges from the manifest, verified before they are decoded. Needs no
-zarr."""
+"""Reading a committed shard, whatever its format: columns by range, or whole sequences."""
 
 from collections.abc import Iterable
 
 import numpy as np
 
-from stillroom.cache import jsonfile
-from stillroom.cache.codec import decode_chunk
 from stillroom.cache.commits import Commit, attempt_path
-from stillroom.cache.errors import CorruptError
-from stillroom.cache.manifest import CHUNK_ROWS, OBJECT_NAME, Manifest, chunk_numbers
-from stillroom.cache.schema import BY_NAME, EDGE_OF, Arrays, Axis, expected_shapes
+from stillroom.cache.errors import CorruptError, MissingError
+from stillroom.cache.identity import Identity
+from stillroom.cache.manifest import Manifest
+from stillroom.cache.schema import BY_NAME, EDGE_OF, Arrays, Axis, column_of
+from stillroom.cache.shard_format import Source, shard_format, verify
 from stillroom.cache.storage import Storage
 
 
@@ -20,39 +19,43 @@ class Shard:
     Args:
         storage: the cache's storage.
         commit: its live commit.
-        topk: K of the cache.
-        extra: M of the cache.
+        identity: the cache's.
 
     Raises:
         CorruptError: the manifest is not the one that was committed, or impossible.
     """
 
-    def __init__(self, storage: Storage, commit: Commit, topk: int, extra: int) -> None:
+    def __init__(self, storage: Storage, commit: Commit, identity: Identity) -> None:
         """Read and verify the manifest; no array is read yet."""
         self.commit = commit
-        self._storage = storage
-        self._object = f"{attempt_path(commit.part, commit.attempt)}/{OBJECT_NAME}"
-        path = f"{attempt_path(commit.part, commit.attempt)}/manifest.json"
+        form = shard_format(identity.shard_format)
+        folder = attempt_path(commit.part, commit.attempt)
+        path = f"{folder}/manifest.json"
         data = storage.get(path)
         where = storage.describe(path)
-        _verify(data, commit.manifest_hash, where)
+        verify(data, commit.manifest_hash, where)
         self.manifest = Manifest.from_json(data, where)
-        sizes = {
-            "position": commit.positions,
-            "token": commit.tokens,
-            "sequence": commit.rows,
-            "edge": commit.rows + 1,
-            "teacher_token": commit.teacher_prompt_tokens,
-        }
+        source = Source(storage, f"{folder}/{form.object_name}", commit, identity, self.manifest)
+        self.path = source.path
+        """The shard's object, below the root."""
+        self._where = source.where
+        self._shapes = source.shapes()
         self._user_axes: dict[str, Axis] = self.manifest.attributes["user_axes"]
-        user = {name: (sizes[axis],) for name, axis in self._user_axes.items()}
-        self.manifest.check_shapes(expected_shapes(sizes, topk, extra) | user, where)
+        self._reader = form.open(source)
         self._edges: dict[str, np.ndarray] = {}
 
     @property
     def columns(self) -> list[str]:
         """Names of all columns."""
-        return list(self.manifest.arrays)
+        return list(self._shapes)
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of all columns as plain arrays."""
+        return sum(
+            int(np.prod(shape, dtype=np.int64)) * np.dtype(column_of(name).dtype).itemsize
+            for name, shape in self._shapes.items()
+        )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of one column along its own axis.
@@ -64,30 +67,16 @@ class Shard:
         return self.read_ranges([(name, start, stop)])[0]
 
     def read_ranges(self, wanted: Iterable[tuple[str, int, int | None]]) -> list[np.ndarray]:
-        """Several columns in one request: (name, start, stop) each."""
+        """Several columns in one request: (name, start, stop) each; stop None is the end."""
         spans = []
         for name, start, stop in wanted:
-            entry = self.manifest.arrays[name]
-            spans.append(
-                (name, start, min(entry.shape[0] if stop is None else stop, entry.shape[0]))
-            )
-        chunks = [
-            (name, i)
-            for name, start, stop in spans
-            for i in range(
-                start // CHUNK_ROWS, -(-stop // CHUNK_ROWS) if stop > start else start // CHUNK_ROWS
-            )
-        ]
-        decoded = iter(self._fetch(chunks))
-        out = []
-        for name, start, stop in spans:
-            entry = self.manifest.arrays[name]
-            count = len(range(start // CHUNK_ROWS, -(-stop // CHUNK_ROWS))) if stop > start else 0
-            empty = np.empty((0, *entry.shape[1:]), entry.dtype)
-            rows = np.concatenate([empty, *(next(decoded) for _ in range(count))])
-            first = start // CHUNK_ROWS * CHUNK_ROWS
-            out.append(rows[start - first : stop - first])
-        return out
+            if name not in self._shapes:
+                do = f"It has {', '.join(self._shapes)}."
+                raise MissingError(f"{self._where}", f"a column {name!r}", "none", do)
+            rows = self._shapes[name][0]
+            last = rows if stop is None else min(stop, rows)
+            spans.append((name, min(start, last), last))
+        return self._reader.read_ranges(spans)
 
     def rows(self, start: int, stop: int) -> Arrays:
         """All columns of the sequences [start, stop); edges are rebased to begin at 0."""
@@ -113,36 +102,24 @@ class Shard:
         return int(starts[start]), int(starts[stop])
 
     def _edge(self, name: str) -> np.ndarray:
+        """Offsets of an edge column: from the commit's row table, but for teacher prompts."""
         if name not in self._edges:
-            edges = self.read(name).astype(np.int64)
-            total = {"sequence_start": self.commit.tokens, "position_start": self.commit.positions}
-            end = total.get(name, self.commit.teacher_prompt_tokens)
-            if edges[0] != 0 or edges[-1] != end or (np.diff(edges) < 0).any():
-                where = f"{self._storage.describe(self._object)}, {name}"
-                raise CorruptError(
-                    where, f"offsets from 0 up to {end}", "others", "Score the part again."
-                )
-            self._edges[name] = edges
+            if name == "teacher_prompt_start" and self.commit.teacher_prompt_tokens:
+                self._edges[name] = self._read_edges(name)
+            else:
+                self._edges[name] = self._known_edges(name)
         return self._edges[name]
 
-    def _fetch(self, wanted: list[tuple[str, int]]) -> list[np.ndarray]:
-        entries = [self.manifest.arrays[name].chunks[i] for name, i in wanted]
-        ranges = [(c.offset, c.length) for c in entries]
-        blobs = self._storage.get_ranges(
-            self._object, [r[0] for r in ranges], [r[1] for r in ranges]
-        )
-        out = []
-        for (name, i), chunk, blob in zip(wanted, entries, blobs, strict=True):
-            where = f"{self._storage.describe(self._object)}, {name}, chunk {i}"
-            _verify(blob, chunk.hash, where)
-            entry = self.manifest.arrays[name]
-            numbers = decode_chunk(blob, np.dtype(entry.dtype), chunk_numbers(entry.shape), where)
-            out.append(numbers.reshape(CHUNK_ROWS, *entry.shape[1:]))
-        return out
+    def _known_edges(self, name: str) -> np.ndarray:
+        edges = np.zeros(self.commit.rows + 1, np.int64)
+        column = {"sequence_start": 0, "position_start": 2}.get(name)
+        if column is not None:
+            np.cumsum(self.commit.row_lengths()[:, column], out=edges[1:])
+        return edges
 
-
-def _verify(data: bytes, expected: str, where: str) -> None:
-    found = jsonfile.digest(data)
-    if found != expected:
-        do = "It was damaged after its commit: restore it, or run 'stillroom score --again PART'."
-        raise CorruptError(where, f"bytes with hash {expected}", f"{found} ({len(data)} bytes)", do)
+    def _read_edges(self, name: str) -> np.ndarray:
+        edges, end = self.read(name).astype(np.int64), self.commit.teacher_prompt_tokens
+        if edges[0] != 0 or edges[-1] != end or (np.diff(edges) < 0).any():
+            where, do = f"{self._where}, {name}", "Score the part again."
+            raise CorruptError(where, f"offsets from 0 up to {end}", "others", do)
+        return edges

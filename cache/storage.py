@@ -1,41 +1,43 @@
 """Objects below one root, on a local file system or an object store.
 
-The cache needs four things of its storage: read an object or ranges of it, list a prefix, and put
-an object that must not exist yet. Nothing is ever overwritten or deleted here. Reads and listings
-go through obstore. Local puts are ours, because obstore does not fsync: temporary file, fsync,
-link, fsync of the folder and of every folder made.
+Committed things are put if absent and never overwritten. `put` and `delete` are for what is
+advisory (claims, pins) and for the collector. Reads verify nothing: hashes are checked by those
+who know them.
 """
 
+import builtins
 import os
-import re
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import obstore
-from obstore.store import LocalStore, ObjectStore
+from stillroom.cache.entry import SAFE_PATH, Entry
+from stillroom.cache.errors import (
+    ConfigError,
+    ForkedError,
+    MissingError,
+    StillroomError,
+    StorageError,
+)
+from stillroom.cache.local_objects import TEMPORARY, LocalObjects
+from stillroom.cache.remote_objects import RemoteObjects
+from stillroom.cache.storage_errors import reading, writing
 
-from stillroom.cache.errors import ConfigError, ForkedError, MissingError, StorageError, first_line
-
-SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One object of a listing."""
-
-    path: str
-    size_bytes: int
+__all__ = ["Entry", "Storage", "local_path"]
 
 
 class Storage:
     """A root and the objects below it.
 
     Args:
-        root: a folder, or an address such as `s3://bucket/prefix`.
+        root: a folder, or an address such as `s3://bucket/prefix`, whose credentials, region and
+            endpoint come from the environment (see `remote_objects`).
         options: passed to obstore for an address (credentials, endpoint, retries).
+
+    Raises:
+        ConfigError: the address holds a password or another secret, or there is no such user.
     """
 
     def __init__(self, root: str | os.PathLike[str], **options: Any) -> None:
@@ -43,27 +45,12 @@ class Storage:
         self.root = os.fspath(root).removeprefix("file://")
         self.is_local = "://" not in self.root
         self._pid = os.getpid()
-        self._options = options
-        self._store: ObjectStore | None = None
         self._folder = local_path(self.root).absolute()
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise ForkedError(
-                f"storage {self.root!r}",
-                "the process that opened it",
-                "a forked child",
-                "Start worker processes with the 'spawn' method.",
-            )
-
-    def _open(self) -> ObjectStore:
-        self._check_process()
-        if self._store is None:
-            if self.is_local:
-                self._store = LocalStore(str(self._folder))
-            else:
-                self._store = obstore.store.from_url(self.root, **self._options)
-        return self._store
+        self._backend: LocalObjects | RemoteObjects
+        if self.is_local:
+            self._backend = LocalObjects(self._folder)
+        else:
+            self._backend = RemoteObjects(self.root, options)
 
     @property
     def folder(self) -> Path:
@@ -80,14 +67,13 @@ class Storage:
 
     def size(self, path: str) -> int | None:
         """Size of an object in bytes, or None if it is not there."""
-        if self.is_local and not self._local(path).is_file():
-            return None
-        try:
-            return int(obstore.head(self._open(), self._checked(path))["size"])
-        except FileNotFoundError:
-            return None
-        except obstore.exceptions.BaseError as error:
-            raise self._unreadable(path, error) from error
+        found = self.entry(path)
+        return None if found is None else found.size_bytes
+
+    def entry(self, path: str) -> Entry | None:
+        """Size and time of an object, or None if it is not there."""
+        with self._reading(path):
+            return self._objects(path).entry(path)
 
     def get(self, path: str) -> bytes:
         """Read a whole object.
@@ -96,73 +82,117 @@ class Storage:
             MissingError: it is not there.
             StorageError: it cannot be read.
         """
-        self._require(path)
-        try:
-            return bytes(obstore.get(self._open(), self._checked(path)).bytes())
-        except FileNotFoundError as error:
-            raise self._missing(path) from error
-        except obstore.exceptions.BaseError as error:
-            raise self._unreadable(path, error) from error
+        with self._reading(path):
+            return self._objects(path).get(path)
 
-    def get_ranges(self, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
-        """Read byte ranges of an object; neighbouring ranges share a request.
+    def get_many(self, paths: Sequence[str]) -> list[bytes | StillroomError]:
+        """Read many small objects, several at a time on an object store.
+
+        Returns:
+            For each path its bytes, or the error that `get` would raise.
+        """
+        self._check_process()
+
+        def read(path: str) -> bytes | StillroomError:
+            try:
+                return self.get(path)
+            except StillroomError as error:
+                return error
+
+        if isinstance(self._backend, LocalObjects):
+            return [read(path) for path in paths]
+        return list(self._backend.each(read, paths))
+
+    def get_ranges(
+        self,
+        path: str,
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        size: int | None = None,
+    ) -> list[bytes]:
+        """Read byte ranges of an object; on an object store, neighbouring ranges share a request.
+
+        Args:
+            path: of the object.
+            starts: first byte of each range.
+            lengths: bytes of each range.
+            size: what the whole object must measure in bytes, if that is known; it costs no
+                request to check.
 
         Returns:
             One bytes object a range; shorter than asked where the object ends early (callers check
             hashes).
+
+        Raises:
+            MissingError: it is not there.
+            CorruptError: it has another size.
+            StorageError: it cannot be read.
         """
         if not starts:
             return []
-        size = self.size(path)
-        if size is None:
-            raise self._missing(path)
-        ranges = list(zip(starts, lengths, strict=True))
-        if any(start + length > size for start, length in ranges):
-            whole = self.get(path)  # obstore panics at ranges beyond the end
-            return [whole[start : start + length] for start, length in ranges]
-        try:
-            found = obstore.get_ranges(
-                self._open(), self._checked(path), starts=starts, lengths=lengths
-            )
-            return [bytes(part) for part in found]
-        except FileNotFoundError as error:
-            raise self._missing(path) from error
-        except obstore.exceptions.BaseError as error:
-            raise self._unreadable(path, error) from error
-
-    def list(self, prefix: str) -> list[Entry]:
-        """All objects below a prefix (a folder), sorted by path; none if it does not exist."""
-        if self.is_local and not self._local(prefix).is_dir():
-            return []
-        entries = []
-        try:
-            for page in obstore.list(self._open(), prefix=self._checked(prefix)):
-                entries += [Entry(item["path"], item["size"]) for item in page]
-        except obstore.exceptions.BaseError as error:
-            raise self._unreadable(prefix, error) from error
-        return sorted((e for e in entries if SAFE_PATH.fullmatch(e.path)), key=lambda e: e.path)
+        with self._reading(path):
+            return self._objects(path).get_ranges(path, starts, lengths, size)
 
     def put_new(self, path: str, data: bytes) -> bool:
         """Write an object that must not exist; durable when this returns True.
 
         Returns:
             False if an object of that name exists. After a lost reply that object may be this very
-            write: whoever
-            needs to know reads it back (see `commits`).
+            write: whoever needs to know reads it back (see `commits`).
 
         Raises:
             StorageError: it could not be written.
         """
-        if self.is_local:
-            self._check_process()
-            return self._put_local(self._local(path), data)
-        try:
-            obstore.put(self._open(), self._checked(path), data, mode="create")
-        except obstore.exceptions.AlreadyExistsError:
-            return False
-        except obstore.exceptions.BaseError as error:
-            raise self._unwritable(path, error) from error
-        return True
+        with self._writing(path):
+            return self._objects(path).put_new(path, data)
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write an object, over another of its name if there is one; durable when this returns.
+
+        Only for advisory objects (claims, pins), on whose content nothing else depends.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        with self._writing(path):
+            self._objects(path).put(path, data)
+
+    def delete(self, path: str) -> None:
+        """Remove an object; none of that name is no error. Local folders that become empty go
+        too, except those right below the root.
+
+        Raises:
+            StorageError: it could not be removed.
+        """
+        with self._writing(path):
+            self._objects(path).delete(path)
+
+    def delete_temporary(self, path: str) -> None:
+        """Remove a temporary file that `temporaries` listed; none is no error.
+
+        Raises:
+            StorageError: it could not be removed, or is no temporary file.
+        """
+        folder, _, name = path.rpartition("/")
+        if not TEMPORARY.fullmatch(name):
+            raise StorageError(self.describe(path), "a temporary file", "another", "Report this.")
+        if folder:
+            self._checked(folder)
+        self._check_process()
+        if isinstance(self._backend, LocalObjects):
+            with self._writing(path):
+                self._backend.delete(path)
+
+    def now(self) -> float:
+        """Seconds since the epoch by the store's own clock, the one of `Entry.modified`. On an
+        object store this writes and removes a small object, locally a temporary file.
+
+        Raises:
+            StorageError: the root cannot be written.
+        """
+        self._check_process()
+        with self._writing("probe"):
+            return self._backend.now()
 
     def probe(self) -> None:
         """Check that put-if-absent works here: the second put of a key must be refused and change
@@ -173,8 +203,11 @@ class Storage:
         """
         key = f"probe/{uuid.uuid4().hex}"
         first, second = self.put_new(key, b"first"), self.put_new(key, b"second")
-        kept = self.get(key)
-        if not first or second or kept != b"first":
+        try:
+            kept = self.get(key)
+        except MissingError:
+            kept = None
+        if second or kept != b"first":  # the reply to the first put may have been lost
             raise StorageError(
                 self.describe(key),
                 "a second put of the same key to be refused",
@@ -187,75 +220,54 @@ class Storage:
         if not self.is_local:
             self.probe()
 
-    def _put_local(self, target: Path, data: bytes) -> bool:
-        try:
-            self._make_folder(target.parent)
-            temporary = target.parent / f".{uuid.uuid4().hex}.tmp"
-            try:
-                with temporary.open("xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                try:
-                    os.link(temporary, target)
-                except FileExistsError:
-                    return False
-            finally:
-                temporary.unlink(missing_ok=True)
-            _fsync_folder(target.parent)
-        except OSError as error:
-            raise self._unwritable(str(target.relative_to(self._folder)), error) from error
-        return True
+    def list(self, prefix: str) -> builtins.list[Entry]:
+        """All objects below a prefix (a folder), sorted by path; none if it does not exist. What
+        has a name that we do not give is left out."""
+        with self._reading(prefix):
+            return sorted(self._objects(prefix).list(prefix), key=lambda entry: entry.path)
 
-    def _make_folder(self, folder: Path) -> None:
-        missing = []
-        while not folder.exists():
-            missing.append(folder)
-            folder = folder.parent
-        for new in reversed(missing):
-            new.mkdir(exist_ok=True)
-            _fsync_folder(new.parent)
+    def list_all(self) -> builtins.list[Entry]:
+        """Everything below the root, sorted by path; also objects that no `list` shows because
+        their names cannot be ours, but for local names with a dot in front: those are the file
+        system's."""
+        self._check_process()
+        with self._reading(""):
+            return sorted(self._backend.list_all(), key=lambda entry: entry.path)
 
-    def _checked(self, path: str) -> str:
+    def temporaries(self) -> builtins.list[Entry]:
+        """Temporary files of local puts, sorted by path. A dead writer leaves one; those of live
+        writers are listed too and tell themselves apart by their age. Object stores have none."""
+        self._check_process()
+        if not isinstance(self._backend, LocalObjects):
+            return []
+        with self._reading(""):
+            return sorted(self._backend.temporaries(), key=lambda entry: entry.path)
+
+    def _objects(self, path: str) -> LocalObjects | RemoteObjects:
+        self._check_process()
+        self._checked(path)
+        return self._backend
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedError(
+                f"storage {self.root!r}",
+                "the process that opened it",
+                "a forked child",
+                "Start worker processes with the 'spawn' method.",
+            )
+
+    def _checked(self, path: str) -> None:
         if not SAFE_PATH.fullmatch(path):
             raise StorageError(
                 self.root, "a plain relative path", repr(path), "Report this: paths are made by us."
             )
-        return path
 
-    def _local(self, path: str) -> Path:
-        target = self._folder / self._checked(path)
-        real = Path(os.path.realpath(self._folder)) / path
-        if Path(os.path.realpath(target)) != real:
-            raise StorageError(
-                str(target),
-                "no symbolic link below the root",
-                "one",
-                "Replace the link by what it points to.",
-            )
-        return target
+    def _reading(self, path: str) -> AbstractContextManager[None]:
+        return reading(self.describe(path), self.is_local)
 
-    def _require(self, path: str) -> None:
-        if self.is_local and not self._local(path).is_file():
-            raise self._missing(path)
-
-    def _missing(self, path: str) -> MissingError:
-        return MissingError(
-            self.describe(path), "an object", "nothing", "Check the root, or restore the object."
-        )
-
-    def _unreadable(self, path: str, error: Exception) -> StorageError:
-        return StorageError(
-            self.describe(path), "to read it", first_line(error), "Check access and try again."
-        )
-
-    def _unwritable(self, path: str, error: Exception) -> StorageError:
-        return StorageError(
-            self.describe(path),
-            "to write a new object (with a hard link, on a local file system)",
-            first_line(error),
-            "Check that the root can be written; give buckets as s3:// or gs://, not mounted.",
-        )
+    def _writing(self, path: str) -> AbstractContextManager[None]:
+        return writing(self.describe(path), self.is_local)
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -268,11 +280,3 @@ def local_path(path: str | os.PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise ConfigError(os.fspath(path), "a path", str(error), "Write the path out.") from error
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

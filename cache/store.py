@@ -1,44 +1,31 @@
 """`Cache`: one root with its identity, its parts, its commits, and the shards that readers open."""
 
 import os
-import uuid
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from stillroom.cache import jsonfile
+from stillroom.cache.add_rollouts import PART_POSITIONS, AddReport, add_parts, plan_parts
+from stillroom.cache.checked_rollouts import check_rollouts, one_batch
 from stillroom.cache.commits import (
     Commit,
-    attempt_path,
     commit_path,
-    encode_row_table,
     list_commits,
-    put_commit,
     read_commit,
 )
 from stillroom.cache.errors import MismatchError, MissingError
 from stillroom.cache.identity import Identity
-from stillroom.cache.manifest import OBJECT_NAME, Manifest
 from stillroom.cache.part import NAME, PartMeta, decode_part, encode_part, part_name
-from stillroom.cache.schema import USER_PREFIX, Arrays, check_arrays
+from stillroom.cache.quarantine import next_n, put_quarantine
+from stillroom.cache.schema import Arrays
 from stillroom.cache.shard import Shard
+from stillroom.cache.shard_writer import NewShard, ScoredBy, write_shard
 from stillroom.cache.snapshot import Snapshot, make_snapshot, open_snapshot
 from stillroom.cache.storage import Storage
 
 IDENTITY_PATH = "cache.json"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredBy:
-    """How a shard was made; goes into its commit."""
-
-    teacher_s: float
-    """Seconds that the teacher took."""
-    scorer: dict[str, Any]
-    """Host, process, numeric class, time."""
 
 
 class Cache:
@@ -94,8 +81,9 @@ class Cache:
         return sorted(name for name in names if NAME.fullmatch(name))
 
     def has_part(self, policy_version: int, unit: str) -> bool:
-        """Whether the rollouts of a unit are there."""
-        return self.storage.exists(_part_path(part_name(policy_version, unit)))
+        """Whether the rollouts of a unit are there, or were and are retired."""
+        part = part_name(policy_version, unit)
+        return any(map(self.storage.exists, (_part_path(part), _retired_path(part))))
 
     def add_part(self, table: pa.Table, meta: PartMeta) -> bool:
         """Store rollouts as a part, unless the unit has one already.
@@ -108,8 +96,48 @@ class Cache:
             MismatchError: the rollouts were tokenised with another tokenizer.
         """
         self._check_meta(meta.name, meta)
-        data = encode_part(table, meta, self.identity.max_length)
+        identity = self.identity
+        data = encode_part(table, meta, identity.max_length, identity.student_extra)
         return self.storage.put_new(_part_path(meta.name), data)
+
+    def add_rollouts(
+        self,
+        rollouts: Any,
+        *,
+        policy_version: int | None = None,
+        sampler: dict[str, Any] | None = None,
+        positions_per_part: int = PART_POSITIONS,
+        skip_bad: bool = False,
+    ) -> AddReport:
+        """Store rollouts that another system made, as parts; the same rollouts again add nothing.
+
+        Args:
+            rollouts: a table, a list of mappings, or anything that `pyarrow.table` takes, with the
+                columns of a part. Only `prompt` and `completion` are needed, or `token` and
+                `scored` in their place: a whole conversation and which of its ids count.
+            policy_version: policy that sampled them; None is unknown. Parts of an unknown policy
+                are named, and retired, like those of policy 0.
+            sampler: its settings; `temperature` is the one that the behaviour logprobs are at, and
+                None, also if nothing is said, is unknown.
+            positions_per_part: scored tokens of a part, about; the last one may have fewer. With
+                another value the same rollouts are stored again.
+            skip_bad: leave out rows that cannot be scored, and report them.
+
+        Raises:
+            InputError: a row cannot be scored, and is named; nothing is written. Or there is none.
+            ShapeError: a column is missing, unknown or of another type; nothing is written.
+            MismatchError: the rollouts are there, of another policy or sampler.
+        """
+        batch = one_batch(rollouts, "rollouts")
+        checked = check_rollouts([batch], self.identity, skip_bad=skip_bad)
+        plan = plan_parts(
+            self,
+            checked,
+            policy_version=policy_version,
+            sampler=sampler,
+            positions_per_part=positions_per_part,
+        )
+        return add_parts(self, plan)
 
     def read_part(self, part: str) -> tuple[pa.Table, PartMeta, str]:
         """Rollouts of a part, what is true of all of them, and the hash of its bytes.
@@ -143,18 +171,32 @@ class Cache:
         return read_commit(self.storage, commit_path(part, n))
 
     def is_scored(self, part: str) -> bool:
-        """Whether a part has a live commit; asks for one object only."""
-        return self.storage.exists(commit_path(part, self._next_n(part)))
+        """Whether a part has a live commit; asks for two objects only."""
+        return self.storage.exists(commit_path(part, next_n(self.storage, part)))
 
-    def quarantine(self, part: str, reason: str) -> None:
-        """Take a part's live commit out of use, so that it can be scored again; nothing is deleted.
+    def is_unscored(self, part: str) -> bool:
+        """Whether a part is still to be scored: it has no live commit and is not retired."""
+        return not (self.is_scored(part) or self.storage.exists(_retired_path(part)))
+
+    def quarantine(self, part: str, reason: str, *, damaged: bool, n: int | None = None) -> None:
+        """Take a commit out of use, so that its part can be scored again; nothing is deleted.
+
+        Args:
+            part: the part.
+            reason: for people.
+            damaged: whether it was found bad; then snapshots that name it do not open any more.
+                Otherwise it is only to be scored again.
+            n: which commit was found so, where it may have been replaced since; None is the live
+                one.
 
         Raises:
             MissingError: the part is not scored.
         """
-        n = self.commit_of(part).n
-        value = {"part": part, "n": n, "reason": reason}
-        self.storage.put_new(f"quarantine/{part}.{n}.json", jsonfile.dump(value))
+        n = next_n(self.storage, part) if n is None else n
+        if not self.storage.exists(commit_path(part, n)):
+            do = "Score it with 'stillroom score'."
+            raise MissingError(f"part {part}", "a commit", "none", do)
+        put_quarantine(self.storage, part, n, reason, damaged=damaged)
 
     def read(self, part: str, start: int = 0, stop: int | None = None) -> Arrays:
         """All columns of the sequences [start, stop) of a part's shard, verified.
@@ -180,9 +222,8 @@ class Cache:
 
     def retire(self, part: str, reason: str) -> None:
         """Leave a part out of new snapshots; nothing is deleted."""
-        self.storage.put_new(
-            f"retired/{part}.json", jsonfile.dump({"part": part, "reason": reason})
-        )
+        mark = jsonfile.dump_sealed({"part": part, "reason": reason})
+        self.storage.put_new(_retired_path(part), mark)
 
     def add_shard(
         self, meta: PartMeta, rollouts_hash: str, arrays: Arrays, scored_by: ScoredBy
@@ -198,42 +239,8 @@ class Cache:
         Returns:
             The commit, or None if another scorer's attempt is the part's shard already.
         """
-        from stillroom.cache.zarr_shard import encode_shard
-
-        check_arrays(arrays, self.identity.topk, self.identity.extra)
-        attempt = uuid.uuid4().hex
-        attributes = self._attributes(meta, arrays)
-        encoded = encode_shard(arrays, attributes)
-        manifest = Manifest(
-            part=meta.name,
-            attempt=attempt,
-            identity=self.identity.digest(),
-            size=len(encoded.data),
-            hash=jsonfile.digest(encoded.data),
-            arrays=encoded.arrays,
-            attributes=attributes,
-        ).to_json()
-        folder = attempt_path(meta.name, attempt)
-        self.storage.put_new(f"{folder}/{OBJECT_NAME}", encoded.data)
-        self.storage.put_new(f"{folder}/manifest.json", manifest)
-        lengths = [np.diff(arrays[e]) for e in ("sequence_start", "position_start")]
-        commit = Commit(
-            part=meta.name,
-            n=self._next_n(meta.name),
-            attempt=attempt,
-            identity=self.identity.digest(),
-            manifest_hash=jsonfile.digest(manifest),
-            rollouts_hash=rollouts_hash,
-            rows=len(arrays["prompt_length"]),
-            positions=len(arrays["sampled_logprob"]),
-            tokens=len(arrays["token"]),
-            teacher_prompt_tokens=len(arrays["teacher_prompt"]),
-            stored_bytes=len(encoded.data) + len(manifest),
-            teacher_s=scored_by.teacher_s,
-            scorer=scored_by.scorer,
-            row_table=encode_row_table(lengths[0], arrays["prompt_length"], lengths[1]),
-        )
-        return commit if put_commit(self.storage, commit) else None
+        shard = NewShard(meta=meta, rollouts_hash=rollouts_hash, arrays=arrays, scored_by=scored_by)
+        return write_shard(self.storage, self.identity, shard)
 
     def snapshot(self, parts: Collection[str] | None = None) -> Snapshot:
         """Pin shards; see `snapshot.make_snapshot`."""
@@ -255,7 +262,7 @@ class Cache:
             raise MismatchError(
                 f"commit {commit.part}.{commit.n}", self.identity.digest(), commit.identity, do
             )
-        return Shard(self.storage, commit, self.identity.topk, self.identity.extra)
+        return Shard(self.storage, commit, self.identity)
 
     def _check_meta(self, part: str, meta: PartMeta) -> None:
         mine = (part, self.identity.tokenizer_fingerprint, self.identity.vocab_size)
@@ -266,27 +273,10 @@ class Cache:
             expected = f"part, tokenizer and vocabulary {mine}"
             raise MismatchError(where, expected, f"{theirs}", do)
 
-    def _next_n(self, part: str) -> int:
-        """One past the quarantined commits of a part; 0 if there are none."""
-        entries = [e.path.rsplit("/", 1)[1] for e in self.storage.list("quarantine")]
-        return sum(name.startswith(f"{part}.") for name in entries)
-
-    def _attributes(self, meta: PartMeta, arrays: Arrays) -> dict[str, Any]:
-        sequences = len(arrays["prompt_length"])
-        user = {n: a for n, a in arrays.items() if n.startswith(USER_PREFIX)}
-        return {
-            "format_version": meta.format_version,
-            "part": meta.name,
-            "policy_version": meta.policy_version,
-            "unit": meta.unit,
-            "sampler": meta.sampler,
-            "identity": self.identity.digest(),
-            "temperature": self.identity.temperature,
-            "user_axes": {
-                n: "sequence" if len(a) == sequences else "position" for n, a in user.items()
-            },
-        }
-
 
 def _part_path(part: str) -> str:
     return f"rollouts/{part}.parquet"
+
+
+def _retired_path(part: str) -> str:
+    return f"retired/{part}.json"

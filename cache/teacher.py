@@ -5,7 +5,7 @@ t of the answer scores the token at index `targets[t]` given every token before 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Protocol
 
 import numpy as np
@@ -48,6 +48,22 @@ class TeacherConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreSpec:
+    """What is kept of each position; the fields are those of the identity."""
+
+    topk: int
+    temperature: float = 1.0
+    mass: float = 1.0
+    extra: int = 0
+    extra_kind: str = "none"
+
+    @staticmethod
+    def of(identity: Identity) -> "ScoreSpec":
+        """What a cache's identity asks for."""
+        return ScoreSpec(**{f.name: getattr(identity, f.name) for f in fields(ScoreSpec)})
+
+
 @dataclass(frozen=True, slots=True)
 class ScoreRow:
     """One sequence to score."""
@@ -56,6 +72,11 @@ class ScoreRow:
     """(n,) uint32: what the teacher reads, prompt and completion."""
     targets: np.ndarray
     """(p,) int64: indices into token to score, each >= 1, ascending."""
+    extra_id: np.ndarray | None = None
+    """(p, M) uint32: ids that the student chose; 2**32 - 1 where there are fewer. None where the
+    specification asks for none."""
+    seed: int = 0
+    """Of the draws from the tail, 0 to 2**64 - 1: equal seeds and scores give equal draws."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +84,24 @@ class RowScores:
     """The teacher's scores of one row; natural logs over the full vocabulary."""
 
     topk_id: np.ndarray
-    """(p, K) uint32, by rounded logprob descending, then by id."""
+    """(p, K) uint32, by rounded logprob descending, then by id; 2**32 - 1 where unused."""
     topk_logprob: np.ndarray
-    """(p, K) float16, nats."""
+    """(p, K) float16, nats; -inf where unused."""
+    topk_count: np.ndarray
+    """(p,) uint16: entries that are used, 1 to K; they come first."""
     tail_logprob: np.ndarray
-    """(p,) float16, nats: log of the probability outside topk_id, summed before rounding; -inf if K
-    is all."""
+    """(p,) float16, nats: log of the probability outside the used entries, summed before rounding;
+    -inf if they are all."""
     sampled_logprob: np.ndarray
     """(p,) float32, nats."""
+    extra_id: np.ndarray | None = None
+    """(p, M) uint32: draws from the tail, or 2**32 - 1 where it is empty; None unless asked for."""
+    extra_logprob: np.ndarray | None = None
+    """(p, M) float16, nats: of the row's extra ids or of the draws, -inf where there is none; None
+    unless asked for."""
+    extra_behaviour_logprob: np.ndarray | None = None
+    """(p, M) float32, nats: of the draws, given that they are from the tail; NaN where there is
+    none; None unless asked for."""
 
 
 class Teacher(Protocol):
@@ -80,9 +111,7 @@ class Teacher(Protocol):
     def numeric_class(self) -> str:
         """Engine, version, dtype and device: what decides the last bits of a score."""
 
-    def score(
-        self, rows: Sequence[ScoreRow], topk: int, temperature: float
-    ) -> Iterator[tuple[int, RowScores]]:
+    def score(self, rows: Sequence[ScoreRow], spec: ScoreSpec) -> Iterator[tuple[int, RowScores]]:
         """Yield (index into rows, scores), each row once, in any order.
 
         Raises:
@@ -91,12 +120,12 @@ class Teacher(Protocol):
 
 
 def identity_of(
-    files: ModelFiles, config: TeacherConfig, topk: int, temperature: float
+    files: ModelFiles, config: TeacherConfig, spec: ScoreSpec, shard_format: str = "zarr"
 ) -> Identity:
     """Identity of a cache that this teacher fills.
 
     Raises:
-        ConfigError: topk or temperature is out of range for it.
+        ConfigError: a figure of the specification is out of range for it.
     """
     return Identity(
         teacher=TeacherId(
@@ -110,6 +139,6 @@ def identity_of(
         vocab_size=files.vocab_size,
         logit_width=files.logit_width,
         max_length=files.max_length,
-        temperature=temperature,
-        topk=topk,
+        shard_format=shard_format,
+        **asdict(spec),
     )

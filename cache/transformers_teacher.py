@@ -13,9 +13,11 @@ import torch
 import transformers
 
 from stillroom.cache.causal_lm import head_logits, load_causal_lm, pick_device, trunk
-from stillroom.cache.errors import InputError, NumericsError
+from stillroom.cache.errors import InputError
 from stillroom.cache.fingerprint import ModelFiles
-from stillroom.cache.teacher import RowScores, ScoreRow, TeacherConfig
+from stillroom.cache.summarise import rounded, summarise
+from stillroom.cache.tail_draws import uniforms
+from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec, TeacherConfig
 
 
 class TransformersTeacher:
@@ -38,9 +40,7 @@ class TransformersTeacher:
         """Engine, version, dtype and device."""
         return f"transformers-{transformers.__version__}-{self._config.dtype}-{self._device.type}"
 
-    def score(
-        self, rows: Sequence[ScoreRow], topk: int, temperature: float
-    ) -> Iterator[tuple[int, RowScores]]:
+    def score(self, rows: Sequence[ScoreRow], spec: ScoreSpec) -> Iterator[tuple[int, RowScores]]:
         """Score rows in batches of like length; see `teacher.Teacher`."""
         lengths = [len(row.token) for row in rows]
         too_long = [i for i, n in enumerate(lengths) if n > self._files.max_length]
@@ -49,28 +49,33 @@ class TransformersTeacher:
             expected = f"at most the teacher's {self._files.max_length} tokens"
             raise InputError(f"row {too_long[0]}", expected, got, "Sample shorter completions.")
         for batch in length_batches(lengths, self._config.max_batch_tokens):
-            scored = self._score_batch({i: rows[i] for i in batch}, topk, temperature)
+            scored = self._score_batch({i: rows[i] for i in batch}, spec)
             yield from zip(batch, scored, strict=True)
 
     @torch.inference_mode()
-    def _score_batch(
-        self, batch: dict[int, ScoreRow], topk: int, temperature: float
-    ) -> list[RowScores]:
+    def _score_batch(self, batch: dict[int, ScoreRow], spec: ScoreSpec) -> list[RowScores]:
         rows = list(batch.values())
         hidden_PH = self._hidden([row.token for row in rows], [row.targets for row in rows])
         sampled = np.concatenate([row.token[row.targets] for row in rows]).astype(np.int64)
         row_P = np.repeat(list(batch), [len(row.targets) for row in rows])
         sampled_P = torch.from_numpy(sampled).to(self._device)
+        extra = {
+            name: torch.from_numpy(array).to(self._device)
+            for name, array in _extra_inputs(rows, spec).items()
+        }
         chunks = []
         for start in range(0, len(sampled_P), self._config.head_rows):
             span = slice(start, start + self._config.head_rows)
-            logit_PV = head_logits(self._model, hidden_PH[span]).float() / temperature
+            logit_PV = head_logits(self._model, hidden_PH[span]).float() / spec.temperature
             logit_PV[:, self._files.vocab_size :] = -torch.inf
-            chunks.append(summarise(logit_PV, sampled_P[span], topk, row_P[span]))
-        joined = [torch.cat(column).cpu().numpy() for column in zip(*chunks, strict=True)]
-        ends = np.cumsum([len(row.targets) for row in rows])
-        parts = [np.split(column, ends[:-1]) for column in joined]
-        return [_rounded(*row_parts) for row_parts in zip(*parts, strict=True)]
+            own = {name: tensor[span] for name, tensor in extra.items()}
+            chunks.append(summarise(logit_PV, sampled_P[span], spec, row_P[span], **own))
+        joined = {n: torch.cat([c[n] for c in chunks]).cpu().numpy() for n in chunks[0]}
+        edges = np.cumsum([0, *(len(row.targets) for row in rows)])
+        return [
+            rounded({name: column[edges[i] : edges[i + 1]] for name, column in joined.items()})
+            for i in range(len(rows))
+        ]
 
     def _hidden(self, tokens: list[np.ndarray], targets: list[np.ndarray]) -> torch.Tensor:
         """(P, H): the hidden state that predicts each target, which is the one before it."""
@@ -82,41 +87,6 @@ class TransformersTeacher:
             hidden_BTH[b, torch.from_numpy(t - 1).to(self._device)] for b, t in enumerate(targets)
         ]
         return torch.cat(picked)
-
-
-def summarise(
-    logit_PV: torch.Tensor, sampled_P: torch.Tensor, topk: int, row_P: np.ndarray
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Top-k, tail and sampled logprobs of full rows of logits.
-
-        logprob_v = z_v - logsumexp(z);  tail = logsumexp over the complement of the top k -
-        logsumexp(z)
-
-    Args:
-        logit_PV: (P, V) float32; overwritten at the top k.
-        sampled_P: (P,) int64 token ids.
-        topk: K.
-        row_P: (P,) which row each position is of, for messages.
-
-    Returns:
-        ids (P, K) int64, logprobs (P, K), tail (P,), sampled logprob (P,), all float32 nats.
-
-    Raises:
-        NumericsError: a position holds NaN or +inf, or nothing finite; names its row.
-    """
-    lse_P = torch.logsumexp(logit_PV, dim=-1)
-    bad = (~torch.isfinite(lse_P)).nonzero()
-    if len(bad):
-        raise NumericsError(
-            f"row {row_P[int(bad[0])]}",
-            "finite teacher logits",
-            f"a logsumexp of {lse_P[bad[0]].item()}",
-            "Run the teacher in float32 or bfloat16, or check its weights.",
-        )
-    sampled = logit_PV.gather(1, sampled_P[:, None]).squeeze(1) - lse_P
-    top_PK, id_PK = logit_PV.topk(topk, dim=-1)
-    tail = torch.logsumexp(logit_PV.scatter_(1, id_PK, -torch.inf), dim=-1) - lse_P
-    return id_PK, top_PK - lse_P[:, None], tail, sampled
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -131,15 +101,12 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _rounded(
-    ids: np.ndarray, logprob: np.ndarray, tail: np.ndarray, sampled: np.ndarray
-) -> RowScores:
-    """Round to storage precision and put entries into the format's order."""
-    half = np.minimum(logprob, 0).astype(np.float16)
-    order = np.lexsort((ids, -half.astype(np.float32)), axis=-1)
-    return RowScores(
-        topk_id=np.take_along_axis(ids, order, -1).astype(np.uint32),
-        topk_logprob=np.take_along_axis(half, order, -1),
-        tail_logprob=np.minimum(tail, 0).astype(np.float16),
-        sampled_logprob=np.minimum(sampled, 0).astype(np.float32),
-    )
+def _extra_inputs(rows: Sequence[ScoreRow], spec: ScoreSpec) -> dict[str, np.ndarray]:
+    """What `summarise` needs for the extra ids of these rows, (P, M)."""
+    if spec.extra_kind == "tail":
+        drawn = [uniforms(row.seed, len(row.targets), spec.extra) for row in rows]
+        return {"uniform_PM": np.concatenate(drawn)}
+    if spec.extra_kind == "student":
+        given = [row.extra_id for row in rows if row.extra_id is not None]
+        return {"extra_id_PM": np.concatenate(given).astype(np.int64)}
+    return {}

@@ -1,121 +1,106 @@
 """Writing a shard as one object: a Zarr v3 group (sharding codec, PCodec) inside an uncompressed
-ZIP.
+ZIP, which plain zarr opens (`zarr.storage.ZipStore`) and from which a manifest's byte ranges can be
+read directly.
 
-zarr encodes into memory; its objects are laid one after another into a ZIP without compression,
-which plain zarr opens (`zarr.storage.ZipStore`) and from which the manifest's byte ranges can be
-read directly. Equal arrays give equal bytes.
+The chunks are encoded and laid out here; zarr is not needed to write or to read. Equal arrays give
+equal bytes.
 """
 
 import io
-import json
-import warnings
 import zipfile
-from dataclasses import dataclass
 from typing import Any
 
+import google_crc32c
 import numpy as np
-import zarr
-from zarr.codecs.numcodecs import PCodec
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
-from zarr.storage import MemoryStore
 
 from stillroom.cache import jsonfile
-from stillroom.cache.manifest import BLOCK_ROWS, CHUNK_ROWS, ArrayEntry, Chunk
+from stillroom.cache.codec import encode_chunk
+from stillroom.cache.entries import pack_entries
+from stillroom.cache.id_groups import group_ids
+from stillroom.cache.manifest import ArrayEntry, Chunk
 from stillroom.cache.schema import Arrays
+from stillroom.cache.shard_format import Encoded
+from stillroom.cache.zarr_layout import (
+    BLOCK_ROWS,
+    CHUNK_ROWS,
+    array_metadata,
+    block_key,
+    block_slots,
+    group_metadata,
+    settings_of,
+)
 
-INDEX_ENTRY_BYTES = 16
-CRC_BYTES = 4
-NO_CHUNK = np.uint64(2**64 - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A shard's object and where its chunks lie."""
-
-    data: bytes
-    arrays: dict[str, ArrayEntry]
-
-
-def encode_shard(arrays: Arrays, attributes: dict[str, Any]) -> Encoded:
-    """Encode arrays with their attributes into one object.
-
-    Args:
-        arrays: every column of a shard, checked by `schema.check_arrays`.
-        attributes: JSON values that describe the whole shard.
-    """
-    store = MemoryStore()
-    group = zarr.create_group(store=store, zarr_format=3, attributes=attributes)
-    for name, array in arrays.items():
-        _write_array(group, name, array)
-    objects = _objects(store)
-    data, offsets = _zip(objects)
-    entries = {name: _entry(name, array, objects, offsets) for name, array in arrays.items()}
-    return Encoded(data, entries)
+NO_CHUNK = 2**64 - 1
+LONG_AGO = (1980, 1, 1, 0, 0, 0)
 
 
-def _write_array(group: zarr.Group, name: str, array: np.ndarray) -> None:
-    rows = max(1, -(-len(array) // CHUNK_ROWS)) * CHUNK_ROWS
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Numcodecs codecs are not in the Zarr version 3")
-        target = group.create_array(
-            name,
-            shape=array.shape,
-            dtype=array.dtype,
-            chunks=(CHUNK_ROWS, *array.shape[1:]),
-            shards=(min(rows, BLOCK_ROWS), *array.shape[1:]),
-            serializer=PCodec(),
-            compressors=None,
-            filters=None,
-            fill_value=0,
-            config={"write_empty_chunks": True},
-        )
-        if array.size:
-            target[...] = array
+def encode_zarr(arrays: Arrays, attributes: dict[str, Any]) -> Encoded:
+    """Encode every column of a shard into one object; see `ShardFormat.encode`."""
+    ids, count = group_ids(arrays["topk_id"]), arrays["topk_count"]
+    stored = {name: array for name, array in arrays.items() if name != "topk_id"}
+    stored |= {"topk_group": ids.group, "topk_list": ids.id_list}
+    entries = {"topk_code": ids.code, "topk_logprob": arrays["topk_logprob"]}
+    stored |= {name: pack_entries(array, count) for name, array in entries.items()}
+    attributes = attributes | {
+        "entries_packed": bool((count < ids.code.shape[1]).any()),
+        "id_groups": ids.groups,
+        "id_group_width": ids.group_width,
+    }
+    writer = _ZipWriter()
+    writer.add("zarr.json", jsonfile.dump(group_metadata(attributes)))
+    written = {name: _write_array(writer, name, array) for name, array in sorted(stored.items())}
+    return Encoded(writer.finish(), written, attributes)
 
 
-def _objects(store: MemoryStore) -> dict[str, bytes]:
-    async def collect() -> dict[str, bytes]:
-        found = {}
-        async for key in store.list():
-            value = await store.get(key, default_buffer_prototype())
-            assert value is not None
-            found[key] = value.to_bytes()
-        return found
-
-    objects = sync(collect())
-    for key in objects:
-        if key.endswith("zarr.json"):
-            objects[key] = json.dumps(json.loads(objects[key]), separators=(",", ":")).encode()
-    return dict(sorted(objects.items()))
-
-
-def _zip(objects: dict[str, bytes]) -> tuple[bytes, dict[str, int]]:
-    sink = io.BytesIO()
-    offsets = {}
-    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:
-        for key, data in objects.items():
-            info = zipfile.ZipInfo(key, date_time=(1980, 1, 1, 0, 0, 0))
-            archive.writestr(info, data)
-            offsets[key] = sink.tell() - len(data)
-    return sink.getvalue(), offsets
-
-
-def _entry(
-    name: str, array: np.ndarray, objects: dict[str, bytes], offsets: dict[str, int]
-) -> ArrayEntry:
-    count = -(-len(array) // CHUNK_ROWS)
-    slots = min(count, BLOCK_ROWS // CHUNK_ROWS)
+def _write_array(writer: "_ZipWriter", name: str, array: np.ndarray) -> ArrayEntry:
+    dtype = str(array.dtype)
     chunks: list[Chunk] = []
-    for block in range(-(-len(array) // BLOCK_ROWS)):
-        key = f"{name}/c/{block}" + "/0" * (array.ndim - 1)
-        chunks += _block_chunks(objects[key], offsets[key], slots)
-    return ArrayEntry(str(array.dtype), array.shape, tuple(chunks[:count]))
+    for block, start in enumerate(range(0, len(array), BLOCK_ROWS)):
+        encoded = _encode_rows(name, array[start : start + BLOCK_ROWS])
+        offset = writer.add(
+            block_key(name, block, array.shape[1:]), _with_index(encoded, block_slots(len(array)))
+        )
+        for data in encoded:
+            chunks.append(Chunk(offset, len(data), jsonfile.digest(data)))
+            offset += len(data)
+    writer.add(f"{name}/zarr.json", jsonfile.dump(array_metadata(name, dtype, array.shape)))
+    return ArrayEntry(dtype, array.shape, tuple(chunks))
 
 
-def _block_chunks(data: bytes, offset: int, slots: int) -> list[Chunk]:
-    """Chunks of one block, from the index at its end; slots past the array's end are empty."""
-    start = len(data) - CRC_BYTES - INDEX_ENTRY_BYTES * slots
-    index = np.frombuffer(data, "<u8", 2 * slots, start).reshape(slots, 2)
-    used = index[index[:, 0] != NO_CHUNK].tolist()
-    return [Chunk(offset + o, n, jsonfile.digest(data[o : o + n])) for o, n in used]
+def _encode_rows(name: str, rows: np.ndarray) -> list[bytes]:
+    out = []
+    for start in range(0, len(rows), CHUNK_ROWS):
+        chunk = rows[start : start + CHUNK_ROWS]
+        if len(chunk) < CHUNK_ROWS:
+            filled = np.zeros((CHUNK_ROWS, *rows.shape[1:]), rows.dtype)
+            filled[: len(chunk)] = chunk
+            chunk = filled
+        out.append(encode_chunk(chunk, settings_of(name)))
+    return out
+
+
+def _with_index(chunks: list[bytes], slots: int) -> bytes:
+    """One object of the sharding codec: chunks, then [offset, length] of each slot, then crc32c."""
+    index = np.full((slots, 2), NO_CHUNK, "<u8")
+    lengths = np.array([len(chunk) for chunk in chunks], np.uint64)
+    index[: len(chunks), 1] = lengths
+    index[: len(chunks), 0] = np.cumsum(lengths) - lengths
+    table = index.tobytes()
+    return b"".join([*chunks, table, google_crc32c.value(table).to_bytes(4, "little")])
+
+
+class _ZipWriter:
+    """An uncompressed ZIP with fixed dates, in memory."""
+
+    def __init__(self) -> None:
+        self._sink = io.BytesIO()
+        self._archive = zipfile.ZipFile(self._sink, "w", zipfile.ZIP_STORED)
+
+    def add(self, name: str, data: bytes) -> int:
+        """Add a member; where its bytes begin in the archive."""
+        self._archive.writestr(zipfile.ZipInfo(name, date_time=LONG_AGO), data)
+        return self._sink.tell() - len(data)
+
+    def finish(self) -> bytes:
+        self._archive.close()
+        return self._sink.getvalue()

@@ -1,6 +1,6 @@
 """What a step gets: packed rows with the teacher's scores, as NumPy arrays.
 
-Shapes: T tokens of a micro-batch, R rows in it, P scored positions, K teacher entries.
+Shapes: T tokens of a micro-batch, R rows in it, P scored positions, K teacher entries, M extra ids.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from stillroom.cache.schema import Arrays
+
+EXTRA_DTYPES: dict[str, type] = {
+    "extra_id": np.int64,
+    "extra_logprob": np.float32,
+    "extra_behaviour_logprob": np.float32,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +26,7 @@ class Row:
     arrays: Arrays
     """Every column of this one sequence."""
     sampling_temperature: float
-    """Temperature at which it was sampled; 1 if unknown."""
+    """Temperature of its behaviour logprobs; NaN if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +57,19 @@ class MicroBatch:
     policy_version: np.ndarray
     """(P,) int64: oldest policy that sampled the row; -1 if unknown."""
     sampling_temperature: np.ndarray
-    """(P,) float32."""
+    """(P,) float32; NaN if unknown, and then `behaviour_logprob` compares with nothing."""
     source: np.ndarray
     """(P,) int64: index into schema.SOURCES."""
     row: np.ndarray
     """(P,) int64: number in the snapshot of the position's row."""
+    extra_id: np.ndarray
+    """(P, M) int64: ids that the student chose, or draws from the teacher's tail, as the cache's
+    identity says; M is 0 without them. Unused ones are 2**32 - 1. No loss here uses them."""
+    extra_logprob: np.ndarray
+    """(P, M) float32 nats, the teacher's; -inf where unused."""
+    extra_behaviour_logprob: np.ndarray
+    """(P, M) float32 nats: of the policy that chose them, or of the draw given the tail; NaN where
+    unknown or unused."""
 
     @property
     def num_positions(self) -> int:
@@ -101,6 +115,7 @@ def collate(rows: Sequence[Row]) -> MicroBatch:
         sampling_temperature=np.repeat([np.float32(r.sampling_temperature) for r in rows], counts),
         source=np.repeat([int(r.arrays["source"][0]) for r in rows], counts),
         row=np.repeat([r.number for r in rows], counts),
+        **_extra_columns(rows, sum(counts)),
     )
 
 
@@ -123,7 +138,14 @@ def idle_micro_batch() -> MicroBatch:
         sampling_temperature=np.ones(1, np.float32),
         source=zero,
         row=zero,
+        **_extra_columns([], 1),
     )
+
+
+def _extra_columns(rows: Sequence[Row], positions: int) -> dict[str, np.ndarray]:
+    if not any(name in row.arrays for row in rows for name in EXTRA_DTYPES):
+        return {name: np.zeros((positions, 0), dtype) for name, dtype in EXTRA_DTYPES.items()}
+    return {name: _joined(rows, name, dtype) for name, dtype in EXTRA_DTYPES.items()}
 
 
 def _joined(rows: Sequence[Row], name: str, dtype: type) -> np.ndarray:

@@ -53,7 +53,7 @@ class Cycle:
     def to_json(self) -> bytes:
         """Canonical bytes."""
         units = [asdict(unit) for unit in self.units]
-        return jsonfile.dump({"units": units, "prompts": _pack(self.prompts)})
+        return jsonfile.dump_sealed({"units": units, "prompts": _pack(self.prompts)})
 
     @staticmethod
     def from_json(data: bytes, where: str) -> "Cycle":
@@ -62,7 +62,7 @@ class Cycle:
         Raises:
             CorruptError: it is not one.
         """
-        value = jsonfile.load(data, where)
+        value = jsonfile.load_sealed(data, where)
         try:
             units = [{**u, "prompt_ids": tuple(u["prompt_ids"])} for u in value["units"]]
             prompts = _unpack(value["prompts"])

@@ -35,7 +35,7 @@ def policy_path(version: int) -> str:
 
 def put_policy(storage: Storage, policy: Policy) -> bool:
     """Publish; False if the version exists."""
-    return storage.put_new(policy_path(policy.version), jsonfile.dump(asdict(policy)))
+    return storage.put_new(policy_path(policy.version), jsonfile.dump_sealed(asdict(policy)))
 
 
 def read_policy(storage: Storage, version: int) -> Policy:
@@ -51,7 +51,7 @@ def read_policy(storage: Storage, version: int) -> Policy:
     except MissingError as error:
         do = "List the policies with 'stillroom status'."
         raise MissingError(where, f"policy {version}", "none", do) from error
-    policy: Policy = jsonfile.build(Policy, jsonfile.load(data, where), where)
+    policy: Policy = jsonfile.build(Policy, jsonfile.load_sealed(data, where), where)
     return policy
 
 

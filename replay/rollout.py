@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from stillroom.cache.errors import InputError
+from stillroom.cache.errors import ConfigError, InputError
 from stillroom.cache.part import PartMeta, rollout_id
 from stillroom.cache.progress import Progress
 from stillroom.cache.schema import PART_SCHEMA
@@ -44,12 +45,14 @@ def rollout(
 
     Raises:
         InputError: a unit's prompt is not among the cycle's.
+        ConfigError: the sampler notes more extra ids than the cache scores.
     """
     report = RolloutReport()
     by_id = {prompt.id: prompt for prompt in cycle.prompts}
     missing = [unit for unit in cycle.units if not cache.has_part(unit.policy_version, unit.id)]
     if not missing:
         return report
+    _check_extra(cache, missing)
     cache.storage.check_conditional_puts()
     sampler = make_sampler()
     for unit in missing:
@@ -61,6 +64,14 @@ def rollout(
             )
         _sample_unit(cache, unit, [by_id[i] for i in unit.prompt_ids], sampler, report)
     return report
+
+
+def _check_extra(cache: Cache, units: list[Unit]) -> None:
+    noted, most = max(unit.sampler.get("extra", 0) for unit in units), cache.identity.student_extra
+    if noted > most:
+        expected = f"at most {most}, the ids of the student that this cache scores"
+        do = "Lower it, or make the cache with --extra M --extra-kind student."
+        raise ConfigError("sampler.extra", expected, f"{noted}", do)
 
 
 def _sample_unit(
@@ -112,4 +123,16 @@ def _record(
         "policy_version_min": version,
         "policy_version_max": version,
         "ends_with_stop": sampled.finish_reason == "stop",
+        **_extra(sampled),
+    }
+
+
+def _extra(sampled: Sampled) -> dict[str, Any]:
+    """The extra ids of each token, without those that a filter shut out."""
+    if sampled.extra_id is None or sampled.extra_behaviour_logprob is None:
+        return {"extra_id": None, "extra_behaviour_logprob": None}
+    pairs = list(zip(sampled.extra_id, sampled.extra_behaviour_logprob, strict=True))
+    return {
+        "extra_id": [ids[logprob > -np.inf].tolist() for ids, logprob in pairs],
+        "extra_behaviour_logprob": [lp[lp > -np.inf].tolist() for _, lp in pairs],
     }

@@ -24,6 +24,9 @@ class SamplerConfig:
     """Keep the likeliest tokens that cover this probability; 0 < top_p <= 1, 1 keeps all."""
     top_k: int = 0
     """Keep this many of the likeliest tokens; 0 keeps all."""
+    extra: int = 0
+    """Likeliest tokens to note beside each one that is drawn, for a cache that scores M ids of the
+    student; >= 0 and at most M. Those that a filter shut out are not noted."""
     batch_rows: int = 32
     """Sequences that are generated together; >= 1."""
     dtype: str = "float32"
@@ -37,6 +40,8 @@ class SamplerConfig:
             got = f"{self.samples_per_prompt}, {self.max_new_tokens} and {self.batch_rows}"
             names = "sampler.samples_per_prompt, max_new_tokens, batch_rows"
             raise ConfigError(names, "at least 1", got, "Raise them.")
+        if self.extra < 0:
+            raise ConfigError("sampler.extra", "0 or more", f"{self.extra}", "Change the setting.")
         if self.dtype not in DTYPES:
             raise ConfigError(
                 "sampler.dtype", f"one of {DTYPES}", repr(self.dtype), "Change the setting."
@@ -47,8 +52,10 @@ class SamplerConfig:
             raise ConfigError("sampler.temperature, top_p, top_k", expected, got, "Change them.")
 
     def recorded(self) -> dict[str, Any]:
-        """What decides the distribution; stored with every part and shard."""
-        kept = {k: v for k, v in asdict(self).items() if k not in ("batch_rows", "device")}
+        """What decides the distribution and what is noted of it; stored with every part and shard.
+        Extra ids stand there only if there are any, so that units without keep their names."""
+        left_out = {"batch_rows", "device"} | (set() if self.extra else {"extra"})
+        kept = {k: v for k, v in asdict(self).items() if k not in left_out}
         return {**kept, "behaviour_logprob": "after temperature and filters"}
 
 
@@ -63,6 +70,11 @@ class Sampled:
     filters."""
     finish_reason: str
     """stop or length."""
+    extra_id: np.ndarray | None = None
+    """(n, M) uint32: the likeliest tokens where each one was drawn; None if none were asked for."""
+    extra_behaviour_logprob: np.ndarray | None = None
+    """(n, M) float32, nats: theirs, after temperature and filters; -inf where a filter shut one
+    out."""
 
 
 class StudentSampler(Protocol):

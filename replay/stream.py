@@ -193,8 +193,9 @@ class _RowReader:
         part = int(np.searchsorted(self._ends, number, side="right"))
         local = number - (int(self._ends[part - 1]) if part else 0)
         block = self._decoded(part, local // self._block)
-        temperature = self._shard(part).manifest.attributes["sampler"].get("temperature", 1.0)
-        return Row(number, _one(block, local % self._block), temperature)
+        temperature = self._shard(part).manifest.attributes["sampler"].get("temperature")
+        known = float("nan") if temperature is None else temperature
+        return Row(number, _one(block, local % self._block), known)
 
     def _shard(self, part: int) -> Shard:
         if part not in self._shards:

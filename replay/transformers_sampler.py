@@ -60,7 +60,7 @@ class TransformersSampler:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = prompt
             mask[row, width - len(prompt) :] = 1
-        recorder = LogprobRecorder()
+        recorder = LogprobRecorder(min(self._config.extra, self._vocab_size))
         settings = GenerationConfig(
             do_sample=True,
             temperature=1.0,
@@ -81,9 +81,8 @@ class TransformersSampler:
             )
         drawn = sequences[:, width:]
         logprob = recorder.finish(drawn[:, -1])
-        return [
-            self._cut(t, p) for t, p in zip(drawn.cpu().numpy(), logprob.cpu().numpy(), strict=True)
-        ]
+        columns = [column.cpu().numpy() for column in (drawn, logprob, *recorder.extra())]
+        return [self._cut(*row) for row in zip(*columns, strict=True)]
 
     def _filters(self) -> list[LogitsProcessor]:
         filters: list[LogitsProcessor] = [VocabularyMask(self._vocab_size)]
@@ -95,12 +94,21 @@ class TransformersSampler:
             filters.append(TopPLogitsWarper(self._config.top_p))
         return filters
 
-    def _cut(self, tokens: np.ndarray, logprob: np.ndarray) -> Sampled:
+    def _cut(
+        self,
+        tokens: np.ndarray,
+        logprob: np.ndarray,
+        extra_id: np.ndarray,
+        extra_logprob: np.ndarray,
+    ) -> Sampled:
         stops = np.flatnonzero(np.isin(tokens, self._stop))
         end = int(stops[0]) + 1 if len(stops) else len(tokens)
-        reason = "stop" if len(stops) else "length"
         return Sampled(
-            tokens[:end].astype(np.uint32), np.minimum(logprob[:end], 0).astype(np.float32), reason
+            tokens[:end].astype(np.uint32),
+            np.minimum(logprob[:end], 0).astype(np.float32),
+            "stop" if len(stops) else "length",
+            extra_id[:end].astype(np.uint32) if self._config.extra else None,
+            np.minimum(extra_logprob[:end], 0).astype(np.float32) if self._config.extra else None,
         )
 
 
@@ -122,12 +130,18 @@ class VocabularyMask(LogitsProcessor):
 
 
 class LogprobRecorder(LogitsProcessor):
-    """Notes the log probability of every drawn token; must be the last processor."""
+    """Notes the log probability of every drawn token; must be the last processor.
 
-    def __init__(self) -> None:
+    Args:
+        extra: likeliest tokens to note beside each.
+    """
+
+    def __init__(self, extra: int = 0) -> None:
         """Start with nothing recorded."""
+        self._extra = extra
         self._pending: torch.Tensor | None = None
         self._columns: list[torch.Tensor] = []
+        self._likeliest: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Note the token drawn from the last step's scores, and keep this step's."""
@@ -144,8 +158,15 @@ class LogprobRecorder(LogitsProcessor):
         self._take(last)
         return torch.stack(self._columns, dim=1)
 
+    def extra(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, M) ids of the likeliest tokens, and their logprobs."""
+        logprob, ids = zip(*self._likeliest, strict=True)
+        return torch.stack(ids, dim=1), torch.stack(logprob, dim=1)
+
     def _take(self, drawn: torch.Tensor) -> None:
         assert self._pending is not None
+        logprob, ids = self._pending.topk(self._extra, dim=1)
+        self._likeliest.append((logprob, ids))
         self._columns.append(self._pending.gather(1, drawn[:, None]).squeeze(1))
 
 

@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ import pytest
 
 if TYPE_CHECKING:
     from stillroom.cache.store import Cache
+    from tests.cache.s3 import S3
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -120,12 +121,12 @@ def _make_cache(
     from stillroom.cache.schema import PART_SCHEMA
     from stillroom.cache.score import score
     from stillroom.cache.store import Cache
-    from stillroom.cache.teacher import TeacherConfig, identity_of
+    from stillroom.cache.teacher import ScoreSpec, TeacherConfig, identity_of
     from stillroom.cache.transformers_teacher import TransformersTeacher
 
     config = TeacherConfig(model=str(teacher_dir), device="cpu")
     files = inspect_model(config.model)
-    cache = Cache.create(root, identity_of(files, config, topk, 1.0))
+    cache = Cache.create(root, identity_of(files, config, ScoreSpec(topk=topk)))
     rng = np.random.default_rng(seed)
     unit = f"{seed:016x}"
     records = []
@@ -161,3 +162,20 @@ def _make_cache(
     cache.add_part(pa.Table.from_pylist(records, PART_SCHEMA), meta)
     score(cache, TransformersTeacher(files, config))
     return cache
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3]:
+    """An S3 server for the whole session."""
+    from tests.cache.s3 import serving
+
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """The S3 server, well behaved, and this process's environment set for it."""
+    s3_server.proxy.behave()
+    s3_server.enter(monkeypatch)
+    return s3_server

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 from stillroom.cache.errors import ConfigError, StillroomError
-from stillroom.tools import jobs, looks, work
+from stillroom.tools import bench, collect, import_rollouts, jobs, looks, work
 from stillroom.tools.flags import parse_flags, parse_with_file
 from stillroom.tools.render import plain
 from stillroom.train.config import RunConfig
@@ -37,6 +37,12 @@ class Command:
 COMMANDS = {
     "init": Command("make a cache for one teacher", jobs.InitJob, work.init, True),
     "rollout": Command("sample completions from a policy", jobs.RolloutJob, work.roll_out, True),
+    "import": Command(
+        "take rollouts that another system made",
+        import_rollouts.Import,
+        import_rollouts.run_import,
+        False,
+    ),
     "score": Command("let the teacher score them", jobs.ScoreJob, work.score_all, True),
     "train": Command(
         "train on the scores, publish a policy", jobs.TrainJob, work.train_newest, True
@@ -45,6 +51,10 @@ COMMANDS = {
         "retire old rollouts, sample the newest policy", jobs.RefreshJob, work.refresh_newest, True
     ),
     "run": Command("do all of it in rounds, on one machine", RunConfig, work.run_rounds, True),
+    "convert": Command(
+        "the same cache in the other shard format", jobs.ConvertJob, work.convert_cache, False
+    ),
+    "bench": Command("measure the store on this machine", bench.Bench, bench.run_bench, False),
     "status": Command(
         "teacher, policies, bytes, teacher seconds", looks.Status, looks.run_status, False
     ),
@@ -54,6 +64,7 @@ COMMANDS = {
     "verify": Command(
         "read everything again; exit 1 if damaged", looks.Verify, looks.run_verify, False
     ),
+    "gc": Command("remove what nobody needs", collect.Gc, collect.run_gc, False),
 }
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from tyro.conf import Positional
+
 from stillroom.cache.errors import ConfigError
 from stillroom.cache.teacher import TeacherConfig
 from stillroom.replay.prompts import PromptsConfig
@@ -25,6 +27,16 @@ class InitJob:
     """K, teacher entries a position; 1 to the vocabulary."""
     temperature: float = 1.0
     """Divides the teacher's logits before the softmax; > 0."""
+    mass: float = 1.0
+    """Of the K likeliest entries the fewest that cover this probability are kept; 0 < mass <= 1,
+    and 1 keeps all K."""
+    extra: int = 0
+    """M, further scored ids a position; 0 to 1024."""
+    extra_kind: str = "none"
+    """none (M is 0), student (rollouts bring up to M ids for each token), or tail (the teacher
+    draws M from its probability outside the kept entries)."""
+    shard_format: str = "zarr"
+    """How scores are stored: zarr (smaller and quicker), or parquet (opens in data tools)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +69,12 @@ class ScoreJob:
     topk: int | None = None
     """K, if given, is compared with the cache's."""
     temperature: float | None = None
+    """If given, is compared with the cache's."""
+    mass: float | None = None
+    """If given, is compared with the cache's."""
+    extra: int | None = None
+    """M, if given, is compared with the cache's."""
+    extra_kind: str | None = None
     """If given, is compared with the cache's."""
     again: str | None = None
     """A part whose scores are damaged or unwanted: its commit is set aside and it is scored anew;
@@ -102,3 +120,18 @@ class RefreshJob:
     """How rollouts are sampled."""
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
     """How much is sampled, and how long rollouts stay in use."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertJob:
+    """Make a cache that holds the same with its shards in another format; the source is only
+    read."""
+
+    source: Positional[str]
+    """The cache to read: a folder, or an address such as s3://bucket/prefix."""
+    destination: Positional[str]
+    """Root of the new cache; an interrupted conversion goes on where it stopped."""
+    shard_format: str
+    """zarr or parquet."""
+    json: bool = False
+    """Print JSON."""

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillroom.cache.commits import Commit, commit_path, read_commit
+from stillroom.cache.identity import Identity
 from stillroom.cache.part import policy_of
 from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
@@ -125,10 +126,18 @@ def describe_identity(cache: Cache) -> str:
     teacher = identity.teacher
     return (
         f"{cache.storage.root}: teacher {teacher.name} ({teacher.weight_format} weights, run in "
-        f"{teacher.compute_dtype}, fingerprint {teacher.fingerprint[:12]}), top {identity.topk} of "
-        f"{identity.vocab_size:,} tokens, temperature {identity.temperature}, "
+        f"{teacher.compute_dtype}, fingerprint {teacher.fingerprint[:12]}), "
+        f"{describe_kept(identity)}, temperature {identity.temperature}, "
         f"format {identity.format_version}"
     )
+
+
+def describe_kept(identity: Identity) -> str:
+    """What is kept of each position."""
+    cut = f" that cover {identity.mass}" if identity.mass < 1 else ""
+    whose = "of the student" if identity.student_extra else "drawn from the tail"
+    extra = f" and {identity.extra} ids {whose}" if identity.extra else ""
+    return f"top {identity.topk} of {identity.vocab_size:,} tokens{cut}{extra}"
 
 
 def status_as_json(cache: Cache) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""The commands that look at a cache: their settings, and what each prints. None of them writes.
+"""The commands that look at a cache: their settings, and what each prints. None of them writes, but
+for `verify --repair`.
 
-Each returns an exit status: 0, or 1 where `verify` found damage.
+Each returns an exit status: 0, or 1 where `verify` found damage, or 2 where it could not read.
 """
 
 from dataclasses import asdict, dataclass
@@ -11,10 +12,11 @@ from stillroom.cache.errors import ConfigError
 from stillroom.cache.store import Cache
 from stillroom.tools import findings, listing, show_text, stats_text
 from stillroom.tools.render import print_json
+from stillroom.tools.repair import repair
 from stillroom.tools.show import choose_part, show
 from stillroom.tools.stats import collect
 from stillroom.tools.texts import open_texts
-from stillroom.tools.verify import verify
+from stillroom.tools.verify import THREADS, verify
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,8 +41,24 @@ class Stats(Look):
     """Print bytes a position by column, how much of the teacher is kept, and lengths in tokens."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Verify(Look):
     """Read everything again; print one line for each damage, and exit with 1 if there is any."""
+
+    deep: bool = False
+    """Decode every number too, and compare it with the rollouts and the format's promises."""
+    repair: bool = False
+    """Put damaged shards into quarantine, so that their parts can be scored again; deletes
+    nothing."""
+    part: str | None = None
+    """Look at this part only."""
+    threads: int = THREADS
+    """Parts that are read at once; --deep holds a shard in memory for each."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.threads < 1:
+            raise ConfigError("threads", "at least 1", f"{self.threads}", "Raise it.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,9 +132,12 @@ def run_stats(look: Stats) -> int:
 
 def run_verify(look: Verify) -> int:
     """`stillroom verify`."""
-    report = verify(Cache.open(look.root))
+    cache = Cache.open(look.root)
+    report = verify(cache, deep=look.deep, part=look.part, threads=look.threads)
+    if look.repair:
+        repair(cache, report, deep=look.deep)
     if look.json:
         print_json(asdict(report))
     else:
         findings.print_report(report)
-    return 1 if report.findings else 0
+    return findings.exit_status(report)

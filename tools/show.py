@@ -7,8 +7,8 @@ import numpy as np
 
 from stillroom.cache.commits import commit_path, read_commit
 from stillroom.cache.errors import ConfigError, MissingError
-from stillroom.cache.part import part_arrays
-from stillroom.cache.schema import FINISH_REASONS, SOURCES, Arrays
+from stillroom.cache.part_arrays import part_arrays
+from stillroom.cache.schema import FINISH_REASONS, SOURCES, UNUSED_ID, Arrays
 from stillroom.cache.store import Cache
 from stillroom.tools.texts import Texts
 
@@ -18,7 +18,7 @@ class Alternative:
     """One token that the teacher thought likely, or the sampled one."""
 
     rank: int | None
-    """1 is the teacher's likeliest; None is outside its top K."""
+    """1 is the teacher's likeliest; None is outside the kept entries."""
     token_id: int
     text: str | None
     logprob: float
@@ -26,6 +26,18 @@ class Alternative:
     probability: float
     sampled: bool
     """Whether it is the token that the rollout holds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extra:
+    """A further id that the teacher scored: the student's, or a draw from the teacher's tail."""
+
+    token_id: int
+    text: str | None
+    logprob: float
+    """The teacher's, nats."""
+    behaviour_logprob: float | None
+    """Where it was chosen: the student's, or of the draw within the tail; None if not known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,9 +56,9 @@ class Position:
     behaviour_logprob: float | None
     """The sampling policy's, nats; None if it is not known."""
     rank: int | None
-    """Among the teacher's top K, 1 is the likeliest; None is outside."""
+    """Among the kept entries, 1 is the likeliest; None is outside."""
     tail_mass: float | None
-    """The teacher's probability outside its top K."""
+    """The teacher's probability outside the kept entries."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +83,8 @@ class Shown:
     positions: list[Position]
     alternatives: list[Alternative] | None
     """At the position that was asked for: the teacher's likeliest tokens and the sampled one."""
+    extra: list[Extra] | None
+    """At the position that was asked for: the extra ids; None where the cache scores none."""
     notes: list[str]
 
 
@@ -118,12 +132,13 @@ def show(
     token = arrays["token"].tolist()
     teacher_prompt = arrays["teacher_prompt"].tolist()
     positions = _positions(arrays, prompt_length, texts, scored=scored)
-    alternatives = None
+    alternatives = extra = None
     if position is not None:
         _in_range("position", position, len(positions), f"{part}, row {row}")
         positions = [positions[position]]
         if scored:
             alternatives = _alternatives(arrays, position, positions[0], top, texts)
+            extra = _extra(arrays, position, texts) if "extra_id" in arrays else None
     return Shown(
         part=part,
         row=row,
@@ -138,6 +153,7 @@ def show(
         completion=texts.text(token[prompt_length:]),
         positions=positions,
         alternatives=alternatives,
+        extra=extra,
         notes=texts.notes,
     )
 
@@ -216,6 +232,21 @@ def _alternatives(
             sampled=token_id == at.token_id,
         )
         for rank, token_id, logprob in entries
+    ]
+
+
+def _extra(arrays: Arrays, t: int, texts: Texts) -> list[Extra]:
+    names = ("extra_id", "extra_logprob", "extra_behaviour_logprob")
+    entries = zip(*(arrays[name][t].tolist() for name in names), strict=True)
+    return [
+        Extra(
+            token_id=token_id,
+            text=texts.token(token_id),
+            logprob=logprob,
+            behaviour_logprob=None if np.isnan(behaviour) else behaviour,
+        )
+        for token_id, logprob, behaviour in entries
+        if token_id != UNUSED_ID
     ]
 
 

@@ -1,7 +1,7 @@
 """A rollout printed for a person."""
 
 from stillroom.tools.render import number, plain, print_table, say
-from stillroom.tools.show import Alternative, Position, Shown
+from stillroom.tools.show import Alternative, Extra, Position, Shown
 
 MARK = "<- sampled"
 SMALL = 0.00005
@@ -26,6 +26,8 @@ def print_rollout(shown: Shown, topk: int) -> None:
     if shown.alternatives is not None:
         say()
         _print_alternatives(shown.alternatives, shown.positions[0])
+    if shown.extra is not None:
+        say(f"extra ids, teacher logprob: {', '.join(map(_extra, shown.extra)) or 'none'}")
 
 
 def _print_origin(shown: Shown) -> None:
@@ -88,6 +90,10 @@ def _print_alternatives(alternatives: list[Alternative], at: Position) -> None:
     print_table(heads, rows, text=("token", ""), strong=strong)
     rest = 1 - sum(a.probability for a in alternatives)
     say(f"all other tokens: probability {_fixed(max(0.0, rest))}")
+
+
+def _extra(extra: Extra) -> str:
+    return f"{extra.token_id} {_quoted(extra.text)} {_fixed(extra.logprob)}"
 
 
 def _quoted(text: str | None) -> str:

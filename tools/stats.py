@@ -11,22 +11,13 @@ from typing import Any
 import numpy as np
 
 from stillroom.cache.commits import Commit, commit_path, read_commit
-from stillroom.cache.manifest import BLOCK_ROWS, Manifest
 from stillroom.cache.schema import FINISH_REASONS, SOURCES
 from stillroom.cache.shard import Shard
 from stillroom.cache.store import Cache
+from stillroom.tools.stats_kept import Kept
 
+BLOCK_ROWS = 65_536
 MASS_AT = (1, 8, 64)
-
-
-@dataclass(slots=True)
-class Sizes:
-    """Bytes of one column in all shards."""
-
-    stored_bytes: int = 0
-    """Encoded chunks."""
-    raw_bytes: int = 0
-    """As plain arrays of the column's dtype."""
 
 
 @dataclass(slots=True)
@@ -35,6 +26,9 @@ class Stats:
 
     root: str
     topk: int
+    mass_cut: float
+    """The identity's mass; 1 keeps all K entries."""
+    kept: Kept
     retired: int = 0
     """Scored parts that are left out."""
     unscored: int = 0
@@ -46,12 +40,16 @@ class Stats:
     manifest_bytes: int = 0
     rollouts_bytes: int = 0
     teacher_s: float = 0.0
-    columns: dict[str, Sizes] = field(default_factory=dict)
+    raw_bytes: int = 0
+    """Of all columns as plain arrays."""
+    stored: Counter[str] = field(default_factory=Counter)
+    """Bytes of each array of a shard's object, as encoded. Ids are stored as codes with lists, and
+    Parquet has columns of its own."""
     mass: dict[int, float] = field(default_factory=dict)
-    """Sum over positions of the probability of the likeliest k tokens, by k."""
+    """Sum over positions of the probability of the likeliest k kept tokens, by k."""
     tail_mass: float = 0.0
     outside: int = 0
-    """Positions whose sampled token is not in the top K."""
+    """Positions whose sampled token is not among the kept entries."""
     sampled_logprob: float = 0.0
     policies: Counter[int] = field(default_factory=Counter)
     finish_reasons: Counter[str] = field(default_factory=Counter)
@@ -61,7 +59,7 @@ class Stats:
     def as_json(self) -> dict[str, Any]:
         """Everything as plain values; means are None where there is no position."""
         mean = 1 / self.positions if self.positions else float("nan")
-        stored, raw = self.object_bytes + self.manifest_bytes, self._raw_bytes()
+        stored = self.object_bytes + self.manifest_bytes
         return {
             "root": self.root,
             "shards": self.shards,
@@ -77,10 +75,12 @@ class Stats:
                 "rollouts": self.rollouts_bytes,
             },
             "bytes_per_position": stored * mean,
-            "raw_bytes_per_position": raw * mean,
-            "compression": raw / stored if stored else None,
-            "columns": {name: self._column(sizes, mean) for name, sizes in self.columns.items()},
+            "raw_bytes_per_position": self.raw_bytes * mean,
+            "compression": self.raw_bytes / stored if stored else None,
+            "stored_bytes_per_position": {n: size * mean for n, size in self.stored.items()},
             "topk": self.topk,
+            "mass_cut": self.mass_cut,
+            **self.kept.as_json(),
             "mean_mass": {k: total * mean for k, total in sorted(self.mass.items())},
             "mean_tail_mass": self.tail_mass * mean,
             "sampled_outside_topk": self.outside * mean,
@@ -91,16 +91,6 @@ class Stats:
             "lengths": {name: _spread(parts) for name, parts in self.lengths.items()},
         }
 
-    def _raw_bytes(self) -> int:
-        return sum(sizes.raw_bytes for sizes in self.columns.values())
-
-    def _column(self, sizes: Sizes, mean: float) -> dict[str, float | None]:
-        return {
-            "bytes_per_position": sizes.stored_bytes * mean,
-            "raw_bytes_per_position": sizes.raw_bytes * mean,
-            "compression": sizes.raw_bytes / sizes.stored_bytes if sizes.stored_bytes else None,
-        }
-
 
 def collect(cache: Cache) -> Stats:
     """Read every shard that a new snapshot would hold.
@@ -108,7 +98,10 @@ def collect(cache: Cache) -> Stats:
     Raises:
         CorruptError: stored bytes are damaged; names the object.
     """
-    stats = Stats(cache.storage.root, cache.identity.topk, unscored=len(cache.unscored()))
+    identity = cache.identity
+    kept = Kept(identity.vocab_size, np.zeros(identity.topk + 1, np.int64))
+    unscored = len(cache.unscored())
+    stats = Stats(cache.storage.root, identity.topk, identity.mass, kept, unscored=unscored)
     live, retired = cache.commits(), cache.retired()
     rollouts_bytes = {e.path: e.size_bytes for e in cache.storage.list("rollouts")}
     for part in sorted(live):
@@ -118,25 +111,23 @@ def collect(cache: Cache) -> Stats:
         commit = read_commit(cache.storage, commit_path(part, live[part]))
         shard = cache.shard(commit)
         stats.rollouts_bytes += rollouts_bytes.get(f"rollouts/{part}.parquet", 0)
-        _add_sizes(stats, commit, shard.manifest)
+        _add_sizes(stats, commit, shard)
         _add_sequences(stats, commit, shard)
         _add_positions(stats, commit, shard)
     return stats
 
 
-def _add_sizes(stats: Stats, commit: Commit, manifest: Manifest) -> None:
+def _add_sizes(stats: Stats, commit: Commit, shard: Shard) -> None:
     stats.shards += 1
     stats.rollouts += commit.rows
     stats.positions += commit.positions
     stats.tokens += commit.tokens
     stats.teacher_s += commit.teacher_s
-    stats.object_bytes += manifest.size
-    stats.manifest_bytes += commit.stored_bytes - manifest.size
-    for name, entry in manifest.arrays.items():
-        sizes = stats.columns.setdefault(name, Sizes())
-        sizes.stored_bytes += sum(chunk.length for chunk in entry.chunks)
-        numbers = int(np.prod(entry.shape, dtype=np.int64))
-        sizes.raw_bytes += numbers * np.dtype(entry.dtype).itemsize
+    stats.object_bytes += shard.manifest.size
+    stats.manifest_bytes += commit.stored_bytes - shard.manifest.size
+    stats.raw_bytes += shard.raw_bytes
+    for name, entry in shard.manifest.arrays.items():
+        stats.stored[name] += sum(chunk.length for chunk in entry.chunks)
 
 
 def _add_sequences(stats: Stats, commit: Commit, shard: Shard) -> None:
@@ -153,14 +144,15 @@ def _add_sequences(stats: Stats, commit: Commit, shard: Shard) -> None:
 
 def _add_positions(stats: Stats, commit: Commit, shard: Shard) -> None:
     sampled_id = shard.read("token")[shard.read("scored") == 1]
-    names = ("topk_id", "topk_logprob", "tail_logprob", "sampled_logprob")
+    names = ("topk_id", "topk_logprob", "topk_count", "tail_logprob", "sampled_logprob")
     depths = sorted({k for k in (*MASS_AT, stats.topk) if k <= stats.topk})
     for start in range(0, commit.positions, BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, commit.positions)
-        ids, top, tail, sampled = shard.read_ranges([(name, start, stop) for name in names])
+        ids, top, count, tail, sampled = shard.read_ranges([(name, start, stop) for name in names])
         covered = np.exp(top.astype(np.float32)).cumsum(axis=1, dtype=np.float64)
         for k in depths:
             stats.mass[k] = stats.mass.get(k, 0.0) + float(covered[:, k - 1].sum())
+        stats.kept.add(count, top, tail)
         stats.tail_mass += float(np.exp(tail.astype(np.float64)).sum())
         stats.outside += int((ids != sampled_id[start:stop, None]).all(axis=1).sum())
         stats.sampled_logprob += float(sampled.sum(dtype=np.float64))

@@ -1,123 +1,130 @@
-"""Verification of a cache: everything is read again, and whatever is wrong becomes a finding.
+"""Verification of a cache: everything that a reader trusts is read again, and whatever is wrong
+becomes a finding. Nothing is written.
 
-Nothing is written or repaired.
+Plain verification reads every byte and compares hashes. With `deep` it also decodes every number
+and compares it with the rollouts and with what `docs/format.md` promises.
 """
 
+import os
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from stillroom.cache import jsonfile
-from stillroom.cache.commits import FILE, Commit, commit_path, read_commit
-from stillroom.cache.part import check_rows, policy_of
+from stillroom.cache.commits import Commit
+from stillroom.cache.errors import MissingError
+from stillroom.cache.progress import Progress
 from stillroom.cache.store import Cache
-from stillroom.replay.cycle import Cycle
-from stillroom.replay.policies import open_policy, policy_path, policy_versions
-from stillroom.tools.findings import DAMAGE, Finding, Report
-from stillroom.tools.verify_shard import verify_shard
+from stillroom.tools.contents import Contents, find_strangers, list_contents, note_attempts
+from stillroom.tools.findings import Report, ShardName
+from stillroom.tools.verify_files import CHECKS, verify_file
+from stillroom.tools.verify_part import Marks, PartReport, read_marks, verify_part
+from stillroom.tools.verify_snapshots import verify_snapshot
+
+THREADS = min(8, os.cpu_count() or 1)
+MEGABYTE = 1_000_000
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
-def verify(cache: Cache) -> Report:
-    """Read everything below a root again."""
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One verification."""
+
+    cache: Cache
+    contents: Contents
+    marks: Marks
+    report: Report
+    threads: int
+
+
+def verify(
+    cache: Cache, *, deep: bool = False, part: str | None = None, threads: int = THREADS
+) -> Report:
+    """Read everything below a root again, or one part.
+
+    Args:
+        cache: the cache.
+        deep: decode everything too; holds one shard's object for each thread in memory.
+        part: its name; None takes all.
+        threads: parts that are read at once.
+
+    Raises:
+        MissingError: there is no such part.
+    """
     start = time.perf_counter()
     report = Report(cache.storage.root)
-    live = cache.commits()
-    commits = _commits(cache, live, report)
-    for part in sorted({*cache.parts(), *live}):
-        _rollouts(cache, part, commits.get(part), report)
-        if part in commits:
-            report.count("shards")
-            verify_shard(cache, commits[part], report)
-    _snapshots(cache, report)
-    _policies(cache, report)
-    _small_files(cache, report)
-    _attempts(cache, report)
+    contents = list_contents(cache)
+    run = _Run(cache, contents, read_marks(cache, report), report, threads)
+    sizes = contents.part_bytes()
+    if part is not None and part not in sizes:
+        do = "List the parts with 'stillroom ls'."
+        raise MissingError(f"part {part}", "rollouts or a commit", "none", do)
+    found = _parts(run, sizes if part is None else {part: sizes[part]}, deep=deep)
+    report.add(found)
+    if found.foreign and not found.commits:
+        _blame_identity(report)
+    if part is None:
+        _snapshots(run, found.commits)
+        _files(run)
+        note_attempts(cache, contents, found.attempts, report)
     report.seconds = time.perf_counter() - start
     return report
 
 
-def _commits(cache: Cache, live: dict[str, int], report: Report) -> dict[str, Commit]:
-    """Live commits that can be read."""
-    found = {}
-    quarantined = {e.path.rsplit("/", 1)[1] for e in cache.storage.list("quarantine")}
-    for entry in cache.storage.list("commits"):
-        name = entry.path.rsplit("/", 1)[1]
-        match = FILE.fullmatch(name)
-        if match is None:
-            report.find(entry.path, "not a commit's name: expected <part>.<n>.json")
-        elif name in quarantined:
-            report.notes.append(Finding(entry.path, "quarantined; not read"))
-        elif int(match[2]) != live[match[1]]:
-            report.find(entry.path, f"a second live commit besides n = {live[match[1]]}")
-        else:
-            report.count("commits")
-            with report.watch(entry.path):
-                found[match[1]] = read_commit(cache.storage, entry.path)
-    return found
+def _parts(run: _Run, sizes: dict[str, int], *, deep: bool) -> PartReport:
+    """Verify parts, given with the bytes that each has."""
+    together, done = PartReport(), 0
+
+    def one(part: str) -> PartReport:
+        numbers = run.contents.numbers.get(part, ())
+        return verify_part(run.cache, part, numbers, run.marks, deep=deep)
+
+    with Progress("verify", sum(sizes.values()) // MEGABYTE, "MB") as progress:
+        for part, found in zip(sizes, _each(one, list(sizes), run.threads), strict=True):
+            together.add_part(found)
+            before, done = done, done + sizes[part]
+            progress.advance(done // MEGABYTE - before // MEGABYTE)
+    return together
 
 
-def _rollouts(cache: Cache, part: str, commit: Commit | None, report: Report) -> None:
-    path = f"rollouts/{part}.parquet"
-    with report.watch(path):
-        table, meta, digest = cache.read_part(part)
-        report.count("parts")
-        report.read_bytes += cache.storage.size(path) or 0
-        identity = cache.identity
-        same = (meta.tokenizer_fingerprint, meta.vocab_size) == (
-            identity.tokenizer_fingerprint,
-            identity.vocab_size,
-        )
-        if meta.name != part or meta.policy_version != policy_of(part) or not same:
-            report.find(path, "says that it is another part, or of another tokenizer")
-        if commit is not None and digest != commit.rollouts_hash:
-            report.find(path, f"expected hash {commit.rollouts_hash} (commit); got {digest}")
-        elif commit is None:
-            check_rows(table, identity.vocab_size, part)
+def _blame_identity(report: Report) -> None:
+    """No commit belongs to the identity, so it is the identity that is wrong: no shard is."""
+    report.findings = [replace(finding, shard=None) for finding in report.findings]
+    do = "Restore it; nothing is repaired before."
+    report.find("cache.json", "not the identity under which this cache was scored", do)
 
 
-def _snapshots(cache: Cache, report: Report) -> None:
-    for entry in cache.storage.list("snapshots"):
-        report.count("snapshots")
-        with report.watch(entry.path):
-            name = entry.path.removeprefix("snapshots/").removesuffix(".parquet")
-            for commit in cache.open_snapshot(name).commits:
-                cache.shard(commit)
+def _snapshots(run: _Run, commits: dict[ShardName, Commit]) -> None:
+    def one(path: str) -> Report:
+        own = Report()
+        verify_snapshot(run.cache, path, run.contents, run.marks, commits, own)
+        return own
+
+    paths = [entry.path for entry in run.contents.of("snapshots")]
+    for found in _each(one, paths, run.threads):
+        run.report.add(found)
 
 
-def _policies(cache: Cache, report: Report) -> None:
-    for version in policy_versions(cache.storage):
-        report.count("policies")
-        with report.watch(policy_path(version)):
-            open_policy(cache.storage, version)
+def _files(run: _Run) -> None:
+    find_strangers(run.cache, run.contents, run.report)
+
+    def one(file: tuple[str, str]) -> Report:
+        own = Report()
+        verify_file(run.cache, *file, own)
+        return own
+
+    files = [(kind, entry.path) for kind in CHECKS for entry in run.contents.of(kind)]
+    for found in _each(one, files, run.threads):
+        run.report.add(found)
 
 
-def _small_files(cache: Cache, report: Report) -> None:
-    """Plans, canaries, drift and marks of retirement must at least parse."""
-    for kind in ("units", "canary", "drift", "retired", "quarantine"):
-        for entry in cache.storage.list(kind):
-            report.count(kind)
-            with report.watch(entry.path):
-                data = cache.storage.get(entry.path)
-                if kind == "units":
-                    Cycle.from_json(data, entry.path)
-                else:
-                    jsonfile.load(data, entry.path)
-
-
-def _attempts(cache: Cache, report: Report) -> None:
-    """Attempts that no commit names: of a scorer that lost or died, or that is still at work."""
-    named = set()
-    for entry in cache.storage.list("commits"):
-        match = FILE.fullmatch(entry.path.rsplit("/", 1)[1])
-        if match is not None:
-            try:
-                commit = read_commit(cache.storage, commit_path(match[1], int(match[2])))
-            except DAMAGE:
-                continue  # found above, if it is live
-            named.add((commit.part, commit.attempt))
-    sizes: dict[tuple[str, str], int] = {}
-    for entry in cache.storage.list("scores"):
-        _, part, attempt, *_ = [*entry.path.split("/"), "", ""]
-        sizes[part, attempt] = sizes.get((part, attempt), 0) + entry.size_bytes
-    for (part, attempt), size in sizes.items():
-        if (part, attempt) not in named:
-            path = f"scores/{part}/{attempt}"
-            report.notes.append(Finding(path, f"an attempt that is not committed, {size:,} bytes"))
+def _each(one: Callable[[Item], Found], items: Sequence[Item], threads: int) -> Iterator[Found]:
+    """Apply a function to all items in threads; results in the order of the items."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield from pool.map(one, items)
+    finally:
+        pool.shutdown(cancel_futures=True)

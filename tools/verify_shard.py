@@ -1,156 +1,139 @@
-"""One shard read again: its manifest, its object, every chunk, and what the numbers say."""
+"""One committed shard read again: its manifest, every byte of its object, and with `deep` every
+number too."""
 
-import numpy as np
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import pyarrow as pa
+import xxhash
 
 from stillroom.cache import jsonfile
-from stillroom.cache.codec import decode_chunk
 from stillroom.cache.commits import Commit, attempt_path, commit_path
-from stillroom.cache.errors import CorruptError
-from stillroom.cache.manifest import (
-    BLOCK_ROWS,
-    OBJECT_NAME,
-    ArrayEntry,
-    Chunk,
-    Manifest,
-    chunk_numbers,
-)
-from stillroom.cache.part import part_arrays
-from stillroom.cache.schema import Arrays
-from stillroom.cache.score import check_agreement
+from stillroom.cache.errors import CorruptError, MissingError
+from stillroom.cache.manifest import Chunk, Manifest
+from stillroom.cache.part import PartMeta
 from stillroom.cache.shard import Shard
+from stillroom.cache.shard_format import Source, shard_format, verify
 from stillroom.cache.store import Cache
 from stillroom.tools.container import check_container
 from stillroom.tools.findings import Report
+from stillroom.tools.parquet_container import check_parquet
+from stillroom.tools.verify_columns import check_columns
 
-SCORES = ("topk_id", "topk_logprob", "topk_count", "tail_logprob", "sampled_logprob")
+BLOCK_BYTES = 8 << 20
 
 
-def verify_shard(cache: Cache, commit: Commit, report: Report) -> None:
-    """Verify what one commit names; everything wrong goes into the report."""
-    path = commit_path(commit.part, commit.n)
-    with report.watch(path):
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """A part as it was scored."""
+
+    table: pa.Table
+    meta: PartMeta
+    hash: str
+    """xxh3-128 of its bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldSource(Source):
+    """A shard whose object is in memory."""
+
+    data: bytes
+
+    def fetch(self, chunks: Sequence[tuple[str, Chunk]]) -> list[bytes]:
+        """See `Source.fetch`."""
+        blobs = []
+        for name, chunk in chunks:
+            blob = self.data[chunk.offset : chunk.offset + chunk.length]
+            verify(blob, chunk.hash, f"{self.where}, {name}")
+            blobs.append(blob)
+        return blobs
+
+
+def verify_shard(
+    cache: Cache, commit: Commit, rollouts: Rollouts | None, report: Report, *, deep: bool
+) -> None:
+    """Verify what one commit names; everything wrong goes into the report.
+
+    Args:
+        cache: the cache.
+        commit: its commit.
+        rollouts: what it was made from, if that is there and sound.
+        report: takes what is found.
+        deep: decode everything and compare it; holds the object in memory.
+    """
+    shard = (commit.part, commit.n)
+    with report.watch(commit_path(*shard), shard):
         commit.row_lengths()
-    folder = attempt_path(commit.part, commit.attempt)
-    with report.watch(f"{folder}/manifest.json"):
-        shard = cache.shard(commit)
-        _check_manifest(cache, commit, shard.manifest)
-        if _verify_object(cache, commit, shard.manifest, report):
-            with report.watch(f"{folder}/{OBJECT_NAME}"):
-                _verify_numbers(cache, commit, shard, report)
+    with report.watch(f"{attempt_path(commit.part, commit.attempt)}/manifest.json", shard):
+        opened = cache.shard(commit)
+        _check_manifest(cache, commit, opened.manifest)
+        with report.watch(opened.path, shard):
+            _check_size(cache, opened)
+            if deep:
+                _check_deep(cache, opened, rollouts, report)
+            else:
+                _check_hash(opened, _blocks(cache, opened), report)
 
 
 def _check_manifest(cache: Cache, commit: Commit, manifest: Manifest) -> None:
     attributes = manifest.attributes
     found = (manifest.part, manifest.attempt, manifest.identity)
     expected = (commit.part, commit.attempt, commit.identity)
-    manifest_bytes = len(manifest.to_json())
     _require(found == expected, "manifest", f"part, attempt, identity {expected}", f"{found}")
     stated = (attributes["part"], attributes["identity"], attributes["policy_version"])
     wanted = (commit.part, commit.identity, commit.policy_version)
     _require(stated == wanted, "attributes", f"part, identity, policy {wanted}", f"{stated}")
-    temperature = attributes["temperature"]
-    own = cache.identity.temperature
+    temperature, own = attributes["temperature"], cache.identity.temperature
     _require(temperature == own, "attributes", f"temperature {own}", f"{temperature}")
-    size = manifest.size + manifest_bytes
-    _require(
-        size == commit.stored_bytes, "commit", f"{size} stored bytes", f"{commit.stored_bytes}"
-    )
+    size = manifest.size + len(manifest.to_json())
+    _require(size == commit.stored_bytes, "commit", f"{size} bytes", f"{commit.stored_bytes}")
 
 
-def _verify_object(cache: Cache, commit: Commit, manifest: Manifest, report: Report) -> bool:
-    """Whether the object is what the manifest says, to the byte."""
-    path = f"{attempt_path(commit.part, commit.attempt)}/{OBJECT_NAME}"
-    before = len(report.findings)
-    with report.watch(path):
-        data = cache.storage.get(path)
-        report.read_bytes += len(data)
-        digest = jsonfile.digest(data)
-        if (len(data), digest) != (manifest.size, manifest.hash):
-            expected = f"{manifest.size} bytes with hash {manifest.hash}"
-            report.find(path, f"expected {expected}; got {len(data)} with {digest}")
-        for name, entry in manifest.arrays.items():
-            for i, chunk in enumerate(entry.chunks):
-                with report.watch(path):
-                    _check_chunk(data, chunk, entry, f"{name}, chunk {i}")
-        with report.watch(path):
-            check_container(data, manifest, "container")
-    return len(report.findings) == before
+def _check_size(cache: Cache, shard: Shard) -> None:
+    size, expected = cache.storage.size(shard.path), shard.manifest.size
+    if size is None:
+        do = "Score the part again."
+        raise MissingError(cache.storage.describe(shard.path), "an object", "nothing", do)
+    _require(size == expected, "size", f"{expected} bytes (manifest)", f"{size}")
 
 
-def _check_chunk(data: bytes, chunk: Chunk, entry: ArrayEntry, where: str) -> None:
-    encoded = data[chunk.offset : chunk.offset + chunk.length]
-    digest = jsonfile.digest(encoded)
-    _require(digest == chunk.hash, where, f"hash {chunk.hash}", f"{digest} ({len(encoded)} bytes)")
-    decode_chunk(encoded, np.dtype(entry.dtype), chunk_numbers(entry.shape), where)
+def _blocks(cache: Cache, shard: Shard) -> Iterator[bytes]:
+    size = shard.manifest.size
+    for start in range(0, size, BLOCK_BYTES):
+        length = min(BLOCK_BYTES, size - start)
+        yield cache.storage.get_ranges(shard.path, [start], [length], size)[0]
 
 
-def _verify_numbers(cache: Cache, commit: Commit, shard: Shard, report: Report) -> None:
-    path = f"{attempt_path(commit.part, commit.attempt)}/{OBJECT_NAME}"
-    token, scored = shard.read("token"), shard.read("scored")
-    vocab_size = cache.identity.vocab_size
-    with report.watch(path):
-        largest = max(int(token.max(initial=0)), int(shard.read("teacher_prompt").max(initial=0)))
-        _require(largest < vocab_size, "token", f"ids below {vocab_size}", f"{largest}")
-        _require(bool((scored <= 1).all()), "scored", "0 or 1", f"{scored.max(initial=0)}")
-        _check_rows(commit, shard, scored)
-    with report.watch(path):
-        _check_rollouts(cache, commit, shard)
-    sampled = token[scored == 1]
-    for start in range(0, commit.positions, BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, commit.positions)
-        block = shard.read_ranges([(name, start, stop) for name in SCORES])
-        arrays: Arrays = dict(zip(SCORES, block, strict=True))
-        arrays |= {"token": sampled[start:stop], "scored": np.ones(stop - start, np.uint16)}
-        with report.watch(path):
-            where = f"positions {start} to {stop - 1}"
-            _check_scores(arrays, cache.identity.topk, vocab_size, where)
-            check_agreement(arrays, where)
+def _check_hash(shard: Shard, blocks: Iterator[bytes], report: Report) -> None:
+    hasher = xxhash.xxh3_128()
+    for block in blocks:
+        hasher.update(block)
+        report.add_bytes(len(block))
+    found, expected = hasher.hexdigest(), shard.manifest.hash
+    _require(found == expected, "object", f"hash {expected} (manifest)", found)
 
 
-def _check_rows(commit: Commit, shard: Shard, scored: np.ndarray) -> None:
-    """The edges, the prompt lengths and the mask must give the row table that the commit holds."""
-    table = commit.row_lengths().astype(np.int64)
-    tokens = shard.read("sequence_start").astype(np.int64)
-    positions = shard.read("position_start").astype(np.int64)
-    counted = np.concatenate([[0], np.cumsum(scored, dtype=np.int64)])[tokens]
-    stored = np.stack([np.diff(tokens), shard.read("prompt_length"), np.diff(positions)], axis=1)
-    fits = np.array_equal(stored, table) and np.array_equal(counted, positions)
-    _require(fits, "row lengths", "those of the commit's row table", "others")
-    first = tokens[:-1] + shard.read("prompt_length")
-    prompts = np.concatenate([[0], np.cumsum(scored, dtype=np.int64)])[first] - positions[:-1]
-    _require(not prompts.any(), "scored", "no position in a prompt", f"{int(prompts.sum())}")
-
-
-def _check_rollouts(cache: Cache, commit: Commit, shard: Shard) -> None:
-    """Every column that comes from the rollouts must equal them."""
-    table, meta, digest = cache.read_part(commit.part)
-    if digest != commit.rollouts_hash:
-        return  # found with the rollouts
-    sampler = shard.manifest.attributes["sampler"]
-    _require(sampler == meta.sampler, "sampler", f"{meta.sampler} (rollouts)", f"{sampler}")
-    for name, expected in part_arrays(table).items():
-        found = shard.read(name)
-        floats = expected.dtype.kind == "f"
-        same = np.array_equal(found, expected, equal_nan=floats)
-        _require(same, name, "the values of the part's rollouts", "others")
-
-
-def _check_scores(arrays: Arrays, topk: int, vocab_size: int, where: str) -> None:
-    ids, top = arrays["topk_id"], arrays["topk_logprob"].astype(np.float32)
-    _require(bool((arrays["topk_count"] == topk).all()), where, f"{topk} entries each", "others")
-    largest = int(ids.max(initial=0))
-    _require(largest < vocab_size, where, f"top-k ids below {vocab_size}", f"{largest}")
-    sorted_ids = np.sort(ids, axis=1)
-    twice = int((sorted_ids[:, 1:] == sorted_ids[:, :-1]).any(axis=1).sum())
-    _require(twice == 0, where, "every top-k id once", f"{twice} positions with one twice")
-    for name in ("topk_logprob", "tail_logprob", "sampled_logprob"):
-        above = int((~(arrays[name] <= 0)).sum())
-        _require(above == 0, where, f"{name} of at most 0", f"{above} that are not")
-    falling = (top[:, 1:] < top[:, :-1]) | (
-        (top[:, 1:] == top[:, :-1]) & (ids[:, 1:] > ids[:, :-1])
-    )
-    unsorted = int((~falling).any(axis=1).sum())
-    _require(unsorted == 0, where, "entries sorted by logprob, then id", f"{unsorted} that are not")
+def _check_deep(cache: Cache, shard: Shard, rollouts: Rollouts | None, report: Report) -> None:
+    """Every column is read even where the object's hash is wrong, so that all damage is named."""
+    name = (shard.commit.part, shard.commit.n)
+    data = cache.storage.get(shard.path)
+    report.add_bytes(len(data))
+    manifest = shard.manifest
+    with report.watch(shard.path, name):
+        found = jsonfile.digest(data)
+        _require(found == manifest.hash, "object", f"hash {manifest.hash} (manifest)", found)
+    with report.watch(shard.path, name):
+        check = check_parquet if cache.identity.shard_format == "parquet" else check_container
+        check(data, manifest)
+    source = HeldSource(cache.storage, shard.path, shard.commit, cache.identity, manifest, data)
+    reader = shard_format(cache.identity.shard_format).open(source)
+    table = None if rollouts is None else rollouts.table
+    check_columns(source, reader, table, partial(report.watch, shard.path, name))
+    if rollouts is not None:
+        with report.watch(shard.path, name):
+            sampler, own = manifest.attributes["sampler"], rollouts.meta.sampler
+            _require(sampler == own, "sampler", f"{own} (rollouts)", f"{sampler}")
 
 
 def _require(holds: bool, where: str, expected: str, got: str) -> None:

@@ -4,23 +4,26 @@ Each can be run again: what is done is left as it is. An input that cannot be us
 before anything is written. torch is imported only where a model runs.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 
 from stillroom.cache import jsonfile
 from stillroom.cache.errors import InputError, MissingError
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.identity import Identity
+from stillroom.cache.pins import unpin
 from stillroom.cache.score import score
 from stillroom.cache.storage import Storage, local_path
 from stillroom.cache.store import IDENTITY_PATH, Cache
-from stillroom.cache.teacher import identity_of
+from stillroom.cache.teacher import ScoreSpec, identity_of
 from stillroom.replay.policies import check_student, open_policy, policy_versions, register_initial
 from stillroom.replay.prompts import Prompts, PromptsConfig, load_prompts
 from stillroom.replay.refresh import refresh, retire_stale
 from stillroom.replay.rollout import rollout
 from stillroom.replay.sampler import SamplerConfig
-from stillroom.tools.jobs import InitJob, RefreshJob, RolloutJob, ScoreJob, TrainJob
-from stillroom.tools.render import say
+from stillroom.tools.convert import convert
+from stillroom.tools.jobs import ConvertJob, InitJob, RefreshJob, RolloutJob, ScoreJob, TrainJob
+from stillroom.tools.listing import describe_kept
+from stillroom.tools.render import print_json, say
 from stillroom.train.config import RunConfig
 from stillroom.train.durable import write_file
 
@@ -28,7 +31,8 @@ from stillroom.train.durable import write_file
 def init(job: InitJob) -> int:
     """`stillroom init`."""
     files = inspect_model(job.teacher.model, job.teacher.revision)
-    identity = identity_of(files, job.teacher, job.topk, job.temperature)
+    spec = ScoreSpec(**{f.name: getattr(job, f.name) for f in fields(ScoreSpec)})
+    identity = identity_of(files, job.teacher, spec, job.shard_format)
     student = None if job.student is None else _student(job.student, identity)
     storage = Storage(job.root)
     there = storage.exists(IDENTITY_PATH)
@@ -36,8 +40,8 @@ def init(job: InitJob) -> int:
     if student is not None:
         register_initial(cache.storage, student, "init")
     say(
-        f"init: {job.root} {'was there' if there else 'made'}: top {identity.topk} of "
-        f"{identity.vocab_size:,} tokens at temperature {identity.temperature}, teacher "
+        f"init: {job.root} {'was there' if there else 'made'}: {describe_kept(identity)} "
+        f"at temperature {identity.temperature}, teacher "
         f"{identity.teacher.name}, policy 0 {job.student or 'not named yet'}"
     )
     return 0
@@ -80,12 +84,12 @@ def score_all(job: ScoreJob) -> int:
     cache = Cache.open(job.root)
     known = cache.identity
     files = inspect_model(job.teacher.model, job.teacher.revision)
-    topk = known.topk if job.topk is None else job.topk
-    temperature = known.temperature if job.temperature is None else job.temperature
-    identity = identity_of(files, job.teacher, topk, temperature)
+    given = {f.name: getattr(job, f.name) for f in fields(ScoreSpec)}
+    spec = replace(ScoreSpec.of(known), **{n: v for n, v in given.items() if v is not None})
+    identity = identity_of(files, job.teacher, spec, known.shard_format)
     known.check_same(identity, cache.storage.describe(IDENTITY_PATH))
     if job.again is not None:
-        cache.quarantine(job.again, "scored again by request")
+        cache.quarantine(job.again, "scored again by request", damaged=False)
     if not cache.unscored():
         say(f"score: nothing to do, {len(cache.commits())} parts are scored")
         return 0
@@ -145,6 +149,7 @@ def train_newest(job: TrainJob) -> int:
         "positions": report.positions,
     }
     write_file(output / f"{name}.json", jsonfile.dump(record))
+    unpin(cache.storage, name)
     loss = f", last loss {report.losses[-1]:.4f} nats a position" if report.losses else ""
     say(
         f"train: {report.steps:,} steps, {report.rows:,} rollouts, {report.positions:,} positions "
@@ -159,6 +164,20 @@ def run_rounds(job: RunConfig) -> int:
     from stillroom.train.pipeline import Pipeline
 
     Pipeline(job).run()
+    return 0
+
+
+def convert_cache(job: ConvertJob) -> int:
+    """`stillroom convert`."""
+    done = convert(Cache.open(job.source), job.destination, job.shard_format)
+    if job.json:
+        print_json(asdict(done))
+        return 0
+    sizes = f"{done.source_bytes:,} -> {done.stored_bytes:,} bytes" if done.shards else "none to do"
+    say(
+        f"convert: {len(done.shards)} shards encoded as {job.shard_format} and compared bit for "
+        f"bit ({sizes}), {done.already} there already, {done.copied} other objects copied"
+    )
     return 0
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from stillroom.cache.errors import ConfigError, MissingError
 from stillroom.cache.storage import local_path
-from stillroom.cache.teacher import TeacherConfig
+from stillroom.cache.teacher import ScoreSpec, TeacherConfig
 from stillroom.replay.prompts import PromptsConfig
 from stillroom.replay.refresh import RefreshConfig
 from stillroom.replay.sampler import SamplerConfig
@@ -116,6 +116,16 @@ class RunConfig:
     """K, teacher entries a position; 1 to the vocabulary."""
     temperature: float = 1.0
     """Divides the teacher's and the student's logits in scores and losses; > 0."""
+    mass: float = 1.0
+    """Of the K likeliest entries the fewest that cover this probability are kept; 0 < mass <= 1,
+    and 1 keeps all K."""
+    extra: int = 0
+    """M, further scored ids a position; 0 to 1024."""
+    extra_kind: str = "none"
+    """none (M is 0), student (the sampler's sampler.extra likeliest tokens), or tail (the teacher
+    draws them from its probability outside the kept entries)."""
+    shard_format: str = "zarr"
+    """How scores are stored: zarr (smaller and quicker), or parquet (opens in data tools)."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How rollouts are sampled."""
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
@@ -125,9 +135,17 @@ class RunConfig:
     accept_numerics: bool = False
     """A person has confirmed an engine, version, dtype or device that is new to the cache."""
 
+    @property
+    def score_spec(self) -> ScoreSpec:
+        """What the teacher keeps of each position."""
+        return ScoreSpec(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ScoreSpec)})
+
     def __post_init__(self) -> None:
         """Check ranges."""
         _check("rounds", self.rounds >= 1, "at least 1", self.rounds)
+        scored = self.extra if self.extra_kind == "student" else 0
+        expected = f"at most {scored}, the ids of the student that the cache scores"
+        _check("sampler.extra", self.sampler.extra <= scored, expected, self.sampler.extra)
         _check("root", "://" not in self.root, "a folder; run works on one machine", self.root)
         _check(
             "output", Path(self.output) != Path(self.root), "another folder than root", self.output

@@ -88,9 +88,13 @@ class DriftMeter:
         self.by_policy = {int(version): Sums(**sums) for version, sums in state.items()}
 
     def take(self) -> dict[str, Any]:
-        """Summary by policy version, with its lag in policies; starts anew."""
+        """Summary by policy version, with its lag in policies (None where the version is unknown);
+        starts anew."""
         out = {
-            str(version): {**sums.summary(), "lag": self.policy_version - version}
+            str(version): {
+                **sums.summary(),
+                "lag": None if version < 0 else self.policy_version - version,
+            }
             for version, sums in sorted(self.by_policy.items())
         }
         self.by_policy = {}
@@ -101,5 +105,5 @@ def put_drift(storage: Storage, run: str, step: int, drift: dict[str, Any]) -> N
     """Leave a record in the cache; a rerun of the same step leaves the first one."""
     storage.put_new(
         f"drift/{run}/{step:08d}.json",
-        jsonfile.dump({"run": run, "step": step, "by_policy": drift}),
+        jsonfile.dump_sealed({"run": run, "step": step, "by_policy": drift}),
     )

@@ -10,6 +10,7 @@ from stillroom.cache.schema import SOURCES
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
 from stillroom.replay.stream import ReplayConfig, ReplayStream
+from stillroom.train.hidden_kl import hidden_kl_bound
 from stillroom.train.objectives import divergence, student_bucket_logprob
 from stillroom.train.student import Student, to_target
 from stillroom.train.target import teacher_buckets
@@ -28,6 +29,8 @@ class Measured:
     """Teacher's probability outside its top k and the sampled token."""
     student_tail_mass: float
     """Student's probability outside the same tokens."""
+    hidden_kl_bound_nats: float
+    """The most by which the full-vocabulary forward KL can exceed `forward_kl_nats`."""
 
 
 @torch.no_grad()
@@ -62,7 +65,8 @@ def evaluate(
             scaled = logits[:, :vocab_size].float() / temperature
             tail = student_bucket_logprob(scaled, buckets)[:, -1].exp()
             teacher_tail = buckets.logprob[:, -1].exp().float()
-            values.append(torch.stack([forward, reverse, teacher_tail, tail], dim=1).cpu().numpy())
+            figures = [forward, reverse, teacher_tail, tail, hidden_kl_bound(scaled, buckets)]
+            values.append(torch.stack(figures, dim=1).cpu().numpy())
             sources.append(micro.source)
     value, source = np.concatenate(values).astype(np.float64), np.concatenate(sources)
     return {

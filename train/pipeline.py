@@ -15,6 +15,7 @@ from stillroom.cache import jsonfile
 from stillroom.cache.commits import commit_path, read_commit
 from stillroom.cache.fingerprint import ModelFiles
 from stillroom.cache.part import part_name, policy_of
+from stillroom.cache.pins import unpin
 from stillroom.cache.score import score
 from stillroom.cache.storage import local_path
 from stillroom.cache.store import Cache
@@ -187,6 +188,7 @@ class Pipeline:
             run=self.name,
             step=report.steps,
         )
+        unpin(self._cache.storage, run)
         values = {
             "snapshot": snapshot.id,
             "cached_positions": snapshot.positions,

@@ -11,7 +11,7 @@ from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.identity import Identity
 from stillroom.cache.storage import Storage
 from stillroom.cache.store import IDENTITY_PATH, Cache
-from stillroom.cache.teacher import Teacher, identity_of
+from stillroom.cache.teacher import ScoreSpec, Teacher, identity_of
 from stillroom.replay.policies import check_student
 from stillroom.replay.prompts import Prompts, load_prompts
 from stillroom.train.config import RunConfig
@@ -54,7 +54,7 @@ def check_models(config: RunConfig) -> Models:
     """
     teacher = inspect_model(config.teacher.model, config.teacher.revision)
     student = inspect_model(config.student)
-    identity = identity_of(teacher, config.teacher, config.topk, config.temperature)
+    identity = identity_of(teacher, config.teacher, config.score_spec, config.shard_format)
     check_student(
         student, identity.tokenizer_fingerprint, identity.vocab_size, config.teacher.model
     )
@@ -120,7 +120,7 @@ def check_teacher(teacher: Teacher, identity: Identity) -> None:
         NumericsError: it gives NaN or infinite logits.
     """
     rows = canary_rows(identity.vocab_size, identity.max_length)
-    for _ in teacher.score(rows, identity.topk, identity.temperature):
+    for _ in teacher.score(rows, ScoreSpec(topk=identity.topk, temperature=identity.temperature)):
         pass
 
 

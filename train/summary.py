@@ -125,7 +125,9 @@ class Summary:
         for stage, seconds in done.seconds.items():
             table.add_row(f"{stage}, s", "", f"{seconds:.1f}")
         for policy, drift in done.drift.items():
-            name = f"drift of replayed rows of policy {policy} (lag {drift['lag']})"
+            known = drift["lag"] is not None
+            sampled_by = f"policy {policy} (lag {drift['lag']})" if known else "no known policy"
+            name = f"drift of replayed rows of {sampled_by}"
             table.add_row(f"{name}: k3, nats", "", f"{drift['k3_nats']:.4f}")
             table.add_row(f"{name}: ESS", "", f"{drift['ess']:.3f}")
         _console().print(table)

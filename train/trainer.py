@@ -20,6 +20,7 @@ from transformers import get_scheduler
 
 from stillroom.cache.errors import ConfigError, MismatchError, NumericsError
 from stillroom.cache.fingerprint import ModelFiles
+from stillroom.cache.pins import pin, renew_pin
 from stillroom.cache.progress import Progress
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
@@ -92,6 +93,7 @@ class ReplayTrainer:
             project_dir=str(output / "tensorboard"),
         )
         self._check_ranks_agree(files, snapshot)
+        self._snapshot_id = snapshot.id
         self.student = load_student(files, "float32", self._accelerator.device).train()
         self.stream = ReplayStream(
             cache,
@@ -212,6 +214,7 @@ class ReplayTrainer:
             report.drift = self._drift.take()
             if self.is_main:
                 put_drift(self._cache.storage, self._run, self.step, report.drift)
+                renew_pin(self._cache.storage, self._run, [self._snapshot_id])
         self._accelerator.log(
             {**values, "learning_rate": self._schedule.get_last_lr()[0]}, step=self.step
         )
@@ -234,6 +237,7 @@ class ReplayTrainer:
             save_checkpoint(
                 self._checkpoints, progressed, self.student, self._optimizer, self._schedule, keep
             )
+            renew_pin(self._cache.storage, self._run, [self._snapshot_id])
         self._accelerator.wait_for_everyone()
 
     def _resume(self, report: TrainReport) -> None:
@@ -251,13 +255,14 @@ def _behaviour(
     logits: torch.Tensor, micro: MicroBatch, vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The student's and the behaviour policy's logprobs of the sampled tokens, at the sampling
-    temperature."""
-    scaled = (
-        logits.float() / torch.from_numpy(micro.sampling_temperature).to(logits.device)[:, None]
-    )
+    temperature; where that is unknown, so is the behaviour policy's logprob."""
+    unknown = np.isnan(micro.sampling_temperature)
+    temperature = np.where(unknown, np.float32(1), micro.sampling_temperature)
+    scaled = logits.float() / torch.from_numpy(temperature).to(logits.device)[:, None]
     sampled = torch.from_numpy(micro.sampled_id).to(logits.device)
     student = sampled_logprob(scaled, sampled, vocab_size=vocab_size)
-    return student.cpu().numpy(), micro.behaviour_logprob, micro.policy_version
+    behaviour = np.where(unknown, np.float32(np.nan), micro.behaviour_logprob)
+    return student.cpu().numpy(), behaviour, micro.policy_version
 
 
 def checkpoints_of(output: Path, run: str) -> Path:
@@ -268,13 +273,17 @@ def checkpoints_of(output: Path, run: str) -> Path:
 def snapshot_for(cache: Cache, output: Path, run: str) -> Snapshot:
     """What a run replays: the snapshot of its newest checkpoint, or all that is scored now.
 
+    It is pinned before it is opened, so that `gc` keeps its bytes from then on; the pin is renewed
+    while the run trains.
+
     Raises:
         MissingError: a part of the checkpoint's snapshot is gone.
     """
     folder = newest_checkpoint(checkpoints_of(output, run))
-    if folder is None:
-        return cache.snapshot()
-    return cache.open_snapshot(read_progress(folder).stream["snapshot"])
+    stored = None if folder is None else read_progress(folder).stream["snapshot"]
+    snapshot_id = cache.snapshot().id if stored is None else stored
+    pin(cache.storage, run, [snapshot_id])
+    return cache.open_snapshot(snapshot_id)
 
 
 def check_trainable(config: TrainConfig) -> None:

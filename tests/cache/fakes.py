@@ -3,25 +3,25 @@
 Needs neither torch nor pytest, so that child processes start quickly.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pcodec import ChunkConfig, standalone
 
-from stillroom.cache import jsonfile
 from stillroom.cache.commits import Commit
 from stillroom.cache.errors import StorageError
+from stillroom.cache.example_shards import random_shard
 from stillroom.cache.identity import Identity, TeacherId
-from stillroom.cache.manifest import CHUNK_ROWS, ArrayEntry, Chunk
 from stillroom.cache.part import PartMeta
-from stillroom.cache.schema import PART_SCHEMA, Arrays
+from stillroom.cache.schema import PART_SCHEMA, UNUSED_ID, Arrays
+from stillroom.cache.shard_writer import ScoredBy
 from stillroom.cache.storage import Storage
-from stillroom.cache.store import Cache, ScoredBy
-from stillroom.cache.teacher import RowScores, ScoreRow
-from stillroom.cache.zarr_shard import Encoded
+from stillroom.cache.store import Cache
+from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec
 
 VOCAB = 40
 TOPK = 5
@@ -101,54 +101,8 @@ def random_rollouts(seed: int, rows: int) -> pa.Table:
 
 
 def random_arrays(seed: int, positions: int, sequences: int, topk: int = TOPK) -> Arrays:
-    """A whole shard of random values: gaps in the scored mask, teacher prompts, NaN and -inf.
-
-    Each of the sequences has at least one of the positions.
-    """
-    rng = np.random.default_rng(seed)
-    cuts = np.sort(rng.choice(np.arange(1, positions), sequences - 1, replace=False))
-    counts = np.diff(np.concatenate([[0], cuts, [positions]]))
-    prompts = rng.integers(1, 6, sequences)
-    gaps = rng.integers(0, 3, sequences)
-    masks = [
-        np.concatenate([np.zeros(p, np.uint16), rng.permutation(np.repeat([1, 0], [c, g]))])
-        for p, c, g in zip(prompts, counts, gaps, strict=True)
-    ]
-    own = rng.integers(0, 4, sequences) * rng.integers(0, 2, sequences)
-    tail = (-20 * rng.random(positions)).astype(np.float16)
-    tail[rng.random(positions) < 0.2] = -np.inf
-    behaviour = -rng.random(positions, np.float32)
-    behaviour[rng.random(positions) < 0.3] = np.nan
-    tokens = sum(len(mask) for mask in masks)
-    ids = rng.integers(0, 2**32, (positions, topk), np.uint32)
-    return {
-        "topk_id": ids,
-        "topk_logprob": -np.sort(30 * rng.random((positions, topk))).astype(np.float16),
-        "topk_count": np.full(positions, topk, np.uint16),
-        "tail_logprob": tail,
-        "sampled_logprob": -30 * rng.random(positions, np.float32),
-        "behaviour_logprob": behaviour,
-        "token": rng.integers(0, VOCAB, tokens, np.uint32),
-        "scored": np.concatenate(masks, dtype=np.uint16, casting="unsafe"),
-        "sequence_start": _edges([len(mask) for mask in masks]),
-        "position_start": _edges(counts),
-        "teacher_prompt": rng.integers(0, VOCAB, int(own.sum()), np.uint32),
-        "teacher_prompt_start": _edges(own),
-        "prompt_length": prompts.astype(np.uint32),
-        "prompt_id": rng.integers(0, 2**64, sequences, np.uint64),
-        "group": rng.integers(0, 2**64, sequences, np.uint64),
-        "sample_index": np.arange(sequences, dtype=np.uint32),
-        "rollout_id": rng.integers(0, 2**64, sequences, np.uint64),
-        "finish_reason": rng.integers(0, 4, sequences, np.uint16),
-        "source": rng.integers(0, 5, sequences, np.uint16),
-        "policy_version_min": np.full(sequences, -1, np.int32),
-        "policy_version_max": rng.integers(-1, 9, sequences, np.int32),
-        "ends_with_stop": rng.integers(0, 2, sequences, np.uint16),
-    }
-
-
-def _edges(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64)
+    """A whole shard of random values, each with one of the positions at least."""
+    return random_shard(seed, positions, sequences, topk=topk, vocab_size=max(VOCAB, topk))
 
 
 def commit_shard(cache: Cache, arrays: Arrays, number: int = 0) -> Commit:
@@ -162,22 +116,6 @@ def same_bits(first: np.ndarray, second: np.ndarray) -> bool:
     """Whether two arrays are equal to the bit, NaN included."""
     alike = first.dtype == second.dtype and first.shape == second.shape
     return alike and first.tobytes() == second.tobytes()
-
-
-def quick_encode(arrays: Arrays, attributes: dict[str, Any]) -> Encoded:
-    """A stand-in for `zarr_shard.encode_shard`, which takes 60 ms: the chunks end to end."""
-    data, entries = b"", {}
-    for name, array in arrays.items():
-        chunks = []
-        for start in range(0, len(array), CHUNK_ROWS):
-            rows = array[start : start + CHUNK_ROWS]
-            padded = np.zeros((CHUNK_ROWS, *array.shape[1:]), array.dtype)
-            padded[: len(rows)] = rows
-            chunk = bytes(standalone.simple_compress(padded.ravel(), ChunkConfig()))
-            chunks.append(Chunk(len(data), len(chunk), jsonfile.digest(chunk)))
-            data += chunk
-        entries[name] = ArrayEntry(str(array.dtype), array.shape, tuple(chunks))
-    return Encoded(data, entries)
 
 
 class FakeTeacher:
@@ -200,37 +138,85 @@ class FakeTeacher:
         self.read: list[list[int]] = []
         """The ids of every row that it was given."""
 
-    def score(
-        self, rows: Sequence[ScoreRow], topk: int, temperature: float
-    ) -> Iterator[tuple[int, RowScores]]:
+    def score(self, rows: Sequence[ScoreRow], spec: ScoreSpec) -> Iterator[tuple[int, RowScores]]:
         """See `teacher.Teacher`; the last row comes first."""
         for index in reversed(range(len(rows))):
-            token, targets = rows[index].token, rows[index].targets
-            self.read.append(token.tolist())
-            yield (
-                index,
-                dense_scores(self.logit_VV[token[targets - 1]] / temperature, token[targets], topk),
-            )
+            row = rows[index]
+            self.read.append(row.token.tolist())
+            logit_PV = self.logit_VV[row.token[row.targets - 1]] / spec.temperature
+            scores = dense_scores(logit_PV, row.token[row.targets], spec.topk, spec.mass)
+            yield index, replace(scores, **_dense_extra(logit_PV, scores, row, spec))
 
 
-def dense_scores(logit_PV: np.ndarray, sampled_P: np.ndarray, topk: int) -> RowScores:
-    """Scores of full rows of logits, in float64 until they are rounded."""
-    logprob_PV = logit_PV - np.log(np.exp(logit_PV).sum(-1, keepdims=True))
-    id_PK = np.argsort(-logprob_PV, axis=-1, kind="stable")[:, :topk]
-    half_PK = np.take_along_axis(logprob_PV, id_PK, -1).astype(np.float16)
-    order = np.lexsort((id_PK, -half_PK.astype(np.float32)), axis=-1)
-    rest_PV = np.exp(logprob_PV)
-    np.put_along_axis(rest_PV, id_PK, 0, -1)
-    with np.errstate(divide="ignore"):
-        tail_P = np.log(rest_PV.sum(-1))
-    return RowScores(
-        topk_id=np.take_along_axis(id_PK, order, -1).astype(np.uint32),
-        topk_logprob=np.take_along_axis(half_PK, order, -1),
-        tail_logprob=tail_P.astype(np.float16),
-        sampled_logprob=np.take_along_axis(logprob_PV, sampled_P[:, None].astype(int), -1)
-        .squeeze(-1)
-        .astype(np.float32),
+def dense_scores(
+    logit_PV: np.ndarray, sampled_P: np.ndarray, topk: int, mass: float = 1.0
+) -> RowScores:
+    """Scores of full rows of logits, position by position, in float64 until they are rounded."""
+    positions, vocab = logit_PV.shape
+    logprob_PV = log_softmax(logit_PV)
+    half_PV = _half(logprob_PV)
+    found = RowScores(
+        topk_id=np.full((positions, topk), UNUSED_ID, np.uint32),
+        topk_logprob=np.full((positions, topk), -np.inf, np.float16),
+        topk_count=np.zeros(positions, np.uint16),
+        tail_logprob=np.full(positions, -np.inf, np.float16),
+        sampled_logprob=logprob_PV[np.arange(positions), sampled_P.astype(int)].astype(np.float32),
     )
+    for p, logprob_V in enumerate(logprob_PV):
+        likeliest = np.lexsort((np.arange(vocab), -logprob_V)).tolist()
+        kept: list[int] = []
+        while len(kept) < topk and (mass == 1 or math.fsum(np.exp(logprob_V[kept])) < mass):
+            kept.append(likeliest[len(kept)])
+        half_V = half_PV[p]
+        kept.sort(key=lambda v: (-half_V[v], v))
+        found.topk_id[p, : len(kept)] = kept
+        found.topk_logprob[p, : len(kept)] = half_V[kept]
+        found.topk_count[p] = len(kept)
+        rest = np.delete(logprob_V, kept)
+        if len(rest):
+            found.tail_logprob[p] = _half(np.log(np.exp(rest - rest.max()).sum()) + rest.max())
+    return found
+
+
+def _half(logprob: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.asarray(logprob).astype(np.float16)
+
+
+def log_softmax(logit_PV: np.ndarray) -> np.ndarray:
+    """Log probabilities of rows of logits, float64."""
+    shifted_PV = logit_PV.astype(np.float64) - logit_PV.max(-1, keepdims=True)
+    return np.asarray(shifted_PV - np.log(np.exp(shifted_PV).sum(-1, keepdims=True)))
+
+
+def _dense_extra(
+    logit_PV: np.ndarray, scores: RowScores, row: ScoreRow, spec: ScoreSpec
+) -> dict[str, np.ndarray]:
+    """The columns of extra ids: the student's as they are, or draws from the tail."""
+    if spec.extra_kind == "none":
+        return {}
+    logprob_PV = log_softmax(logit_PV)
+    if spec.extra_kind == "student":
+        assert row.extra_id is not None
+        unused = row.extra_id == UNUSED_ID
+        at = np.take_along_axis(logprob_PV, np.where(unused, 0, row.extra_id).astype(int), 1)
+        return {"extra_logprob": np.where(unused, -np.inf, at).astype(np.float16)}
+    uniform_PM = np.random.default_rng(row.seed).random((len(logit_PV), spec.extra))
+    kept_PV = np.zeros(logit_PV.shape, bool)
+    for p, count in enumerate(scores.topk_count):
+        kept_PV[p, scores.topk_id[p, :count]] = True
+    rest_PV = np.where(kept_PV, 0, np.exp(logprob_PV))
+    until_PV = rest_PV.cumsum(1)
+    id_PM = (until_PV[:, None] <= (uniform_PM * until_PV[:, -1:])[:, :, None]).sum(2)
+    empty_P1 = kept_PV.all(1, keepdims=True)
+    at_PM = np.take_along_axis(logprob_PV, np.where(empty_P1, 0, id_PM), 1)
+    tail_P1 = scores.tail_logprob[:, None].astype(np.float64)
+    given_PM = np.where(empty_P1, np.nan, at_PM - np.where(empty_P1, 0, tail_P1))
+    return {
+        "extra_id": np.where(empty_P1, UNUSED_ID, id_PM).astype(np.uint32),
+        "extra_logprob": np.where(empty_P1, -np.inf, at_PM).astype(np.float16),
+        "extra_behaviour_logprob": given_PM.astype(np.float32),
+    }
 
 
 class LostReply(Storage):

@@ -1,11 +1,12 @@
 """The canary: the same teacher passes, another one is refused, a new engine asks first."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from stillroom.cache import jsonfile
 from stillroom.cache.canary import NEW_CLASS, SAME_CLASS, Difference, canary_rows, check_canary
 from stillroom.cache.errors import CorruptError, MismatchError
 from stillroom.cache.score import score
@@ -103,19 +104,27 @@ def test_a_class_may_hold_any_characters(cache: Cache) -> None:
     assert check_canary(cache, FakeTeacher(numeric_class="vllm 0.32 (fp8)/cuda:0")) is not None
 
 
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"topk_id":1}'])
+def test_a_damaged_file_is_refused(cache: Cache, root: Path, data: bytes) -> None:
+    check_refused(cache, root, data)
+
+
 @pytest.mark.parametrize(
-    "data",
+    "value",
     [
-        b"",
-        b"{",
-        b"[]",
-        b"{}",
-        b'{"topk_id":1}',
-        b'{"topk_id":[],"topk_logprob":[],"sampled_logprob":[]}',
-        b'{"topk_id":[[1]],"topk_logprob":[[-1.0]],"sampled_logprob":["a"]}',
+        {"topk_id": 1},
+        {"topk_id": [], "topk_logprob": [], "sampled_logprob": []},
+        {"topk_id": [[1]], "topk_logprob": [[-1.0]], "sampled_logprob": ["a"]},
     ],
 )
-def test_a_damaged_file_is_refused(cache: Cache, root: Path, data: bytes) -> None:
+def test_a_file_without_usable_scores_is_refused(
+    cache: Cache, root: Path, value: dict[str, Any]
+) -> None:
+    check_refused(cache, root, jsonfile.dump_sealed(value))
+
+
+def check_refused(cache: Cache, root: Path, data: bytes) -> None:
+    """Other bytes in place of a canary are damage, for its own class and for a new one."""
     check_canary(cache, FakeTeacher())
     (root / PATH).write_bytes(data)
     with pytest.raises(CorruptError, match=PATH):
@@ -126,9 +135,9 @@ def test_a_damaged_file_is_refused(cache: Cache, root: Path, data: bytes) -> Non
 
 def test_changed_numbers_are_refused(cache: Cache, root: Path) -> None:
     check_canary(cache, FakeTeacher())
-    stored = json.loads((root / PATH).read_bytes())
+    stored = jsonfile.load_sealed((root / PATH).read_bytes(), "x")
     stored["sampled_logprob"] = [value + 0.02 for value in stored["sampled_logprob"]]
-    (root / PATH).write_text(json.dumps(stored))
+    (root / PATH).write_bytes(jsonfile.dump_sealed(stored))
     with pytest.raises(MismatchError):
         check_canary(cache, FakeTeacher())
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom.cache import commits, jsonfile
 from stillroom.cache.commits import (
     Commit,
     commit_path,
+    decode_commit,
     encode_row_table,
     list_commits,
     put_commit,
@@ -51,9 +52,9 @@ def make_commit(**changes: Any) -> Commit:
         "part": PART,
         "n": 0,
         "attempt": "a" * 32,
-        "identity": "i" * 32,
-        "manifest_hash": "m" * 32,
-        "rollouts_hash": "r" * 32,
+        "identity": "1" * 32,
+        "manifest_hash": "2" * 32,
+        "rollouts_hash": "3" * 32,
         "rows": 3,
         "positions": 8,
         "tokens": 18,
@@ -75,7 +76,7 @@ def test_a_commit_round_trips(tmp_path: Path) -> None:
 
 
 def test_the_hash_of_a_commit_is_pinned() -> None:
-    assert make_commit(row_table="AAAA").digest() == "d2edc34ee12f2dea9c71a1066c17fb64"
+    assert make_commit(row_table="AAAA").digest() == "82baf3b24ffe1845773f9956f8a94cb1"
 
 
 def test_of_two_attempts_one_wins_quietly_and_both_stay(cache: Cache) -> None:
@@ -188,8 +189,11 @@ def test_quarantine_of_another_part_changes_nothing(cache: Cache) -> None:
 def test_other_names_among_the_commits_are_ignored(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     put_commit(storage, make_commit())
-    for name in (f"{PART}.json", f"{PART}.x.json", "v3-0123456789abcdef.0.json", f"{PART}.0.jso"):
+    others = [f"{PART}.json", f"{PART}.x.json", "v3-0123456789abcdef.0.json", f"{PART}.0.jso"]
+    others += [f"{PART}.01.json", f"{PART}.9999999999.json", f"old/{PART}.5.json"]
+    for name in others:
         storage.put_new(f"commits/v000003/{name}", b"{}")
+    storage.put_new(f"commits/v000004/{PART}.7.json", b"{}")
     assert list_commits(storage) == {PART: 0}
 
 
@@ -215,9 +219,26 @@ CHANGES: list[dict[str, Any]] = [
     {"rows": -1},
     {"rows": "3"},
     {"rows": 3.0},
+    {"rows": True},
+    {"rows": 9},
+    {"rows": 10**12, "positions": 10**13, "tokens": 10**14},
     {"positions": None},
+    {"positions": 16},
+    {"tokens": 10},
+    {"tokens": 2**60},
     {"tokens": -(10**30)},
+    {"teacher_prompt_tokens": -1},
+    {"stored_bytes": 2**60},
+    {"teacher_s": -0.5},
+    {"teacher_s": 10**400},
+    {"teacher_s": True},
+    {"scorer": []},
+    {"scorer": {"a": [[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]}},
+    {"identity": "i" * 32},
+    {"manifest_hash": "2" * 33},
+    {"rollouts_hash": "3" * 32 + "\n"},
     {"row_table": 3},
+    {"row_table": "\ud800"},
     {"other": 1},
 ]
 
@@ -227,32 +248,79 @@ def test_what_is_not_the_commit_of_that_name_is_refused(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
     storage = Storage(tmp_path)
-    storage.put_new(PATH, json.dumps(asdict(make_commit()) | change).encode())
+    storage.put_new(PATH, jsonfile.dump_sealed(asdict(make_commit()) | change))
     with pytest.raises(CorruptError, match=PATH):
         read_commit(storage, PATH)
 
 
-@pytest.mark.parametrize("field", sorted(asdict(make_commit()).keys() - {"format_version"}))
+def sealed(body: bytes) -> bytes:
+    """An object that lacks its end, with the right hash of it."""
+    return body + f',"xxh3_128":"{jsonfile.digest(body)}"}}'.encode()
+
+
+def test_other_bytes_of_the_same_values_are_refused() -> None:
+    data = make_commit().to_json()
+    body = data.rpartition(b',"xxh3_128"')[0]
+    assert decode_commit(sealed(body), PATH, "here") == make_commit()
+    spaced = json.dumps(json.loads(body + b"}"), sort_keys=True).encode()[:-1]
+    reordered = body.replace(b'"n":0,', b"") + b',"n":0'
+    for other in (spaced, reordered, body.replace(b"1.5", b"1.50")):
+        with pytest.raises(CorruptError, match=r"^here: expected canonical JSON"):
+            decode_commit(sealed(other), PATH, "here")
+    for other in (data + b"\n", sealed(body + b',"tokens":18')):
+        with pytest.raises(CorruptError, match=r"^here: "):
+            decode_commit(other, PATH, "here")
+
+
+@settings(QUICK, max_examples=300)
+@given(st.data())
+def test_a_changed_byte_is_refused_or_makes_another_digest(data: st.DataObject) -> None:
+    stored = bytearray(make_commit().to_json())
+    at = data.draw(st.integers(0, len(stored) - 1))
+    stored[at] = data.draw(st.integers(0, 255).filter(lambda byte: byte != stored[at]))
+    try:
+        commit = decode_commit(bytes(stored), PATH, "here")
+    except CorruptError:
+        return
+    assert commit.to_json() == stored
+    assert commit.digest() != make_commit().digest()
+
+
+def test_too_many_rows_are_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commits, "MAX_ROWS", 2)
+    with pytest.raises(InputError, match=r"at most 2 rows .* got 3 rows"):
+        put_commit(Storage(tmp_path), make_commit())
+    assert Storage(tmp_path).list("commits") == []
+
+
+@pytest.mark.parametrize("field", sorted(asdict(make_commit())))
 def test_a_commit_without_a_field_is_refused(tmp_path: Path, field: str) -> None:
     storage, value = Storage(tmp_path), asdict(make_commit())
     del value[field]
-    storage.put_new(PATH, jsonfile.dump(value))
+    storage.put_new(PATH, jsonfile.dump_sealed(value))
     with pytest.raises(CorruptError, match=field):
         read_commit(storage, PATH)
 
 
 @QUICK
-@given(st.lists(st.tuples(*[st.integers(0, 2**32 - 1)] * 3)))
+@given(st.lists(st.tuples(*[st.integers(0, 2**30)] * 3)))
 def test_row_lengths_come_back(rows: list[tuple[int, int, int]]) -> None:
-    table = np.array(rows, np.uint64).reshape(-1, 3)
+    prompt, positions, others = np.array(rows, np.uint32).reshape(-1, 3).T
+    tokens = prompt + positions + others
     commit = make_commit(
         rows=len(rows),
-        tokens=int(table[:, 0].sum()),
-        positions=int(table[:, 2].sum()),
-        row_table=encode_row_table(table[:, 0], table[:, 1], table[:, 2]),
+        tokens=int(tokens.sum(dtype=np.int64)),
+        positions=int(positions.sum(dtype=np.int64)),
+        row_table=encode_row_table(tokens, prompt, positions),
     )
-    assert commit.row_lengths().tolist() == table.tolist()
-    assert commit.row_lengths().dtype == np.uint32
+    lengths = commit.row_lengths()
+    assert lengths.tolist() == np.stack([tokens, prompt, positions], axis=1).tolist()
+    assert lengths.dtype == np.uint32
+
+
+def test_a_row_with_fewer_tokens_than_it_must_have_is_not_packed() -> None:
+    with pytest.raises(InputError, match="got 4 in row 1"):
+        encode_row_table(np.array([5, 4]), np.array([2, 2]), np.array([3, 3]))
 
 
 def test_row_lengths_of_a_shard(cache: Cache) -> None:
@@ -278,6 +346,8 @@ def _packed(data: bytes) -> str:
         {"row_table": _packed(b"\0" * 35)},
         {"row_table": _packed(b"\0" * 36)},
         {"row_table": _packed(b"\0" * 37)},
+        {"row_table": make_commit().row_table + "\n"},
+        {"row_table": _packed(np.array([2**32 - 1, 0, 0] * 3, "<u4").tobytes()[:36]), "tokens": 0},
         {"rows": 2},
         {"rows": 4},
         {"rows": -1},

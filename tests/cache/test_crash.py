@@ -1,8 +1,6 @@
 """A job killed at any change of the disk: readers see whole objects, a rerun does the rest."""
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,24 +8,12 @@ import pytest
 
 from stillroom.cache.schema import Arrays
 from stillroom.cache.store import Cache
+from tests.cache.conftest import KillAt
 from tests.cache.crash_child import CHANGES, MODES, PARTS, plan, score_all
-from tests.cache.fakes import make_meta, quick_encode, random_rollouts, same_bits
+from tests.cache.fakes import make_meta, random_rollouts, same_bits
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("_no_fsync")
 NAMES = [make_meta(number).name for number in range(PARTS)]
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[subprocess.Popen[str]]:
-    """The process whose children work and die."""
-    command = [sys.executable, "-m", "tests.cache.crash_child"]
-    with subprocess.Popen(
-        command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
-        assert process.wait(timeout=30) == 0
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +21,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that nobody killed, all parts scored."""
     root = tmp_path_factory.mktemp("whole")
     plan(str(root))
-    assert score_all(str(root)).scored == NAMES
+    assert sorted(score_all(str(root)).scored) == NAMES
     return root
 
 
@@ -47,31 +33,14 @@ def expected(whole: Path) -> dict[str, Arrays]:
 
 
 @pytest.fixture
-def _quick(monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
-    """Encode quickly, once the whole cache was made by zarr."""
-    monkeypatch.setattr("stillroom.cache.zarr_shard.encode_shard", quick_encode)
-
-
-@pytest.fixture
 def roots(tmp_path: Path) -> Iterator[Path]:
     """New roots."""
     return (tmp_path / str(i) for i in range(1000))
 
 
-def kill_at(child: subprocess.Popen[str], task: str, mode: str, point: int, root: Path) -> str:
-    """Let a child work until its change of that number; the change, or "finished"."""
-    assert child.stdin is not None
-    assert child.stdout is not None
-    child.stdin.write(f"{task} {mode} {point} {root}\n")
-    child.stdin.flush()
-    end = child.stdout.readline().strip()
-    assert end in (*CHANGES, "finished")
-    return end
-
-
 def files_of(root: Path) -> dict[Path, bytes]:
-    """All files but temporary ones."""
-    found = (path for path in root.rglob("*") if path.is_file())
+    """All files but temporary ones, and claims, which nothing depends on."""
+    found = (path for path in root.rglob("*") if path.is_file() and path.parent.name != "claims")
     return {path: path.read_bytes() for path in found if not path.name.startswith(".")}
 
 
@@ -103,12 +72,12 @@ def check(root: Path, expected: dict[str, Arrays]) -> list[str]:
 @pytest.mark.dist
 @pytest.mark.parametrize("mode", MODES)
 def test_killed_while_the_cache_and_its_parts_are_made(
-    child: subprocess.Popen[str], roots: Iterator[Path], mode: str
+    kill_at: KillAt, roots: Iterator[Path], mode: str
 ) -> None:
     ends: list[str] = []
     while "finished" not in ends:
         root = next(roots)
-        ends.append(kill_at(child, "plan", mode, len(ends) + 1, root))
+        ends.append(kill_at("plan", mode, len(ends) + 1, root))
         assert check(root, {}) == []
         before = files_of(root)
         cache = plan(str(root))
@@ -117,15 +86,14 @@ def test_killed_while_the_cache_and_its_parts_are_made(
         after = files_of(root)
         assert all(after[path] == data for path, data in before.items())
     assert len(ends) > 25
-    assert set(ends) == {*CHANGES, "finished"}
+    assert set(ends) == {*CHANGES, "finished"} - {"replace", "rmdir"}
 
 
 @pytest.mark.dist
-@pytest.mark.usefixtures("_quick")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scored", [0, 1])
 def test_killed_while_scoring(
-    child: subprocess.Popen[str],
+    kill_at: KillAt,
     whole: Path,
     expected: dict[str, Arrays],
     roots: Iterator[Path],
@@ -143,12 +111,12 @@ def test_killed_while_scoring(
         shutil.rmtree(start / "scores")
     while "finished" not in ends:
         root = Path(shutil.copytree(start, next(roots)))
-        ends.append(kill_at(child, "score", mode, len(ends) + 1, root))
+        ends.append(kill_at("score", mode, len(ends) + 1, root))
         done = check(root, expected)
         before, attempts = files_of(root), attempts_of(root)
         assert attempts <= len(done) + 1, "one part was in flight"
         report = score_all(str(root))
-        assert report.scored == [part for part in NAMES if part not in done]
+        assert sorted(report.scored) == [part for part in NAMES if part not in done]
         assert report.lost == []
         assert attempts_of(root) == attempts + len(report.scored)
         assert check(root, expected) == NAMES
@@ -156,4 +124,4 @@ def test_killed_while_scoring(
         assert all(after[path] == data for path, data in before.items())
         if done and not scored:
             break  # the last part is the other case
-    assert set(ends) >= set(CHANGES)
+    assert set(ends) >= {"mkdir", "fsync", "link", "replace", "unlink"}

@@ -1,12 +1,12 @@
 """The identity: written once, compared field by field."""
 
-import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stillroom.cache import jsonfile
 from stillroom.cache.errors import ConfigError, CorruptError, MismatchError, MissingError
 from stillroom.cache.identity import Identity, TeacherId
 from stillroom.cache.store import Cache
@@ -26,7 +26,7 @@ def test_round_trip_and_digest() -> None:
 
 def test_the_digest_is_pinned() -> None:
     """Commits and shards carry it: a change of it makes every cache unreadable."""
-    assert make_identity().digest() == "f6491ad2a82ee2163ffe51cc27346475"
+    assert make_identity().digest() == "afaf3031ba0ed96911810353cfb3a4f0"
 
 
 @pytest.mark.parametrize(
@@ -42,15 +42,35 @@ def test_the_digest_is_pinned() -> None:
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
-        ({"mass": 0.9}, "mass"),
-        ({"extra": 1}, "extra"),
-        ({"shard_format": "parquet"}, "shard_format"),
+        ({"mass": 0.0}, "mass"),
+        ({"mass": 1.0001}, "mass"),
+        ({"mass": float("nan")}, "mass"),
+        ({"extra": -1, "extra_kind": "tail"}, "extra: expected 0 to 1024; got -1"),
+        ({"extra": 1025, "extra_kind": "tail"}, "extra"),
+        ({"extra": 1, "extra_kind": "both"}, "extra_kind: expected one of"),
+        ({"extra": 1}, "extra_kind: expected none without extra ids"),
+        ({"extra_kind": "tail"}, "extra_kind: expected none without extra ids"),
+        ({"shard_format": "npz"}, "shard_format"),
         ({"logit_width": 39}, "logit_width"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=f"^{named}"):
         make_identity(**changes)
+
+
+def test_a_part_brings_extra_ids_where_they_are_the_students() -> None:
+    assert make_identity().student_extra == 0
+    assert make_identity(extra=3, extra_kind="tail").student_extra == 0
+    assert make_identity(extra=3, extra_kind="student").student_extra == 3
+
+
+def test_other_extra_ids_are_another_identity() -> None:
+    student, tail = (make_identity(extra=3, extra_kind=kind) for kind in ("student", "tail"))
+    with pytest.raises(MismatchError, match=r"^here: expected extra_kind = 'student'; got"):
+        student.check_same(tail, "here")
+    with pytest.raises(MismatchError, match=r"^here: expected extra = 3; got extra = 2$|extra = 2"):
+        student.check_same(make_identity(extra=2, extra_kind="student"), "here")
 
 
 def test_k_may_be_the_whole_vocabulary() -> None:
@@ -64,15 +84,17 @@ OTHER: dict[str, Any] = {
     "max_length": 100,
     "temperature": 2.0,
     "topk": 6,
+    "mass": 0.9,
+    "shard_format": "parquet",
     "required_features": ("new",),
     "format_version": 2,
 }
-FIXED = {"teacher", "mass", "extra", "shard_format"}
+TOLD_BELOW = {"teacher", "extra", "extra_kind"}
 TOLD_BY = ["weight_format", "compute_dtype", "fingerprint"]
 
 
 def test_every_field_is_compared() -> None:
-    assert OTHER.keys() | FIXED == {field.name for field in fields(Identity)}
+    assert OTHER.keys() | TOLD_BELOW == {field.name for field in fields(Identity)}
 
 
 @pytest.mark.parametrize("field", OTHER)
@@ -107,10 +129,15 @@ def test_every_field_that_differs_is_named() -> None:
     assert all(f"{name} = " in caught.value.got for name in names)
 
 
+def fields_of(identity: Identity) -> dict[str, Any]:
+    """What its bytes hold."""
+    return jsonfile.load_sealed(identity.to_json(), "here")
+
+
 def changed(**changes: Any) -> bytes:
     """The bytes of an identity with other values; `None` takes a field away."""
-    value = json.loads(make_identity().to_json()) | changes
-    return json.dumps({k: v for k, v in value.items() if v is not None}).encode()
+    value = fields_of(make_identity()) | changes
+    return jsonfile.dump_sealed({k: v for k, v in value.items() if v is not None})
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", 1.5, [1], None])
@@ -136,8 +163,8 @@ def test_an_unknown_required_feature_is_refused() -> None:
         {"teacher": None},
         {"teacher": {}},
         {"teacher": "fake"},
-        {"teacher": {**json.loads(make_identity().to_json())["teacher"], "other": 1}},
-        {"teacher": {**json.loads(make_identity().to_json())["teacher"], "name": 1}},
+        {"teacher": {**fields_of(make_identity())["teacher"], "other": 1}},
+        {"teacher": {**fields_of(make_identity())["teacher"], "name": 1}},
         {"required_features": None},
         {"required_features": 1},
         {"required_features": [{}]},

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stillroom.cache import jsonfile
 from stillroom.cache.errors import CorruptError
-from stillroom.cache.manifest import CHUNK_ROWS, ArrayEntry, Chunk, Manifest, chunk_numbers
+from stillroom.cache.manifest import ArrayEntry, Chunk, Manifest
 from tests.cache.conftest import QUICK
 
 
@@ -25,17 +25,19 @@ def make_manifest(**changes: Any) -> Manifest:
         "size": 100,
         "hash": "c" * 32,
         "arrays": {
-            "token": ArrayEntry("uint32", (CHUNK_ROWS + 1,), token),
+            "token": ArrayEntry("uint32", (2049,), token),
             "topk_id": ArrayEntry("uint32", (7, 3), (Chunk(15, 85, "d" * 32),)),
             "x_reward": ArrayEntry("float32", (2,), (Chunk(15, 85, "d" * 32),)),
         },
+        "row_groups": (2, 1),
         "attributes": {"user_axes": {"x_reward": "sequence"}},
     }
     return Manifest(**fields | changes)
 
 
-def test_round_trip() -> None:
-    manifest = make_manifest()
+@pytest.mark.parametrize("changes", [{}, {"row_groups": ()}])
+def test_round_trip(changes: dict[str, Any]) -> None:
+    manifest = make_manifest(**changes)
     assert Manifest.from_json(manifest.to_json(), "here") == manifest
 
 
@@ -49,6 +51,7 @@ def test_bytes_are_canonical() -> None:
         "size",
         "hash",
         "arrays",
+        "row_groups",
         "attributes",
         "format_version",
     }
@@ -72,7 +75,6 @@ def _without(key: str) -> Callable[[dict[str, Any]], None]:
 
 
 TOKEN = ("arrays", "token")
-EMPTY = {"dtype": "float32", "shape": [0], "chunks": []}
 HOSTILE = {
     "a negative offset": _at(*TOKEN, "chunks", 0, 0, value=-1),
     "a chunk past the end": _at(*TOKEN, "chunks", 0, 0, value=95),
@@ -82,18 +84,26 @@ HOSTILE = {
     "an infinite offset": _at(*TOKEN, "chunks", 0, 0, value=float("1e999")),
     "a chunk that is no list": _at(*TOKEN, "chunks", 0, value=3),
     "a chunk of two": _at(*TOKEN, "chunks", 0, value=[0, 10]),
-    "too few chunks": _at(*TOKEN, "chunks", value=[]),
+    "a chunk with another key": _at(*TOKEN, "chunks", 0, value={"offset": 0}),
+    "chunks that are a number": _at(*TOKEN, "chunks", value=3),
+    "an offset that is text": _at(*TOKEN, "chunks", 0, 0, value="first"),
     "a huge count of rows": _at(*TOKEN, "shape", value=[10**18]),
     "a negative count of rows": _at(*TOKEN, "shape", value=[-1]),
     "no dimension": _at(*TOKEN, "shape", value=[]),
-    "three dimensions": _at(*TOKEN, "shape", value=[CHUNK_ROWS + 1, 1, 1]),
+    "three dimensions": _at(*TOKEN, "shape", value=[2049, 1, 1]),
     "an infinite dimension": _at(*TOKEN, "shape", value=[float("1e999")]),
     "a shape that is a number": _at(*TOKEN, "shape", value=5),
-    "another dtype": _at(*TOKEN, "dtype", value="int32"),
+    "many numbers": _at(*TOKEN, "shape", value=[2**21, 2**21]),
+    "a dtype that no column has": _at(*TOKEN, "dtype", value="complex64"),
     "objects": _at(*TOKEN, "dtype", value="object"),
-    "another dtype of a user column": _at("arrays", "x_reward", "dtype", value="uint32"),
-    "an unknown array": _at("arrays", "other", value=EMPTY),
-    "a path as an array": _at("arrays", "x_/../../b", value=EMPTY),
+    "a dtype of another byte order": _at(*TOKEN, "dtype", value=">u4"),
+    "a dtype of fields": _at(*TOKEN, "dtype", value="u4,u4"),
+    "a dtype that is a list": _at(*TOKEN, "dtype", value=[["a", "u4"]]),
+    "no dtype": _at(*TOKEN, "dtype", value=None),
+    "row groups that are a number": _at("row_groups", value=3),
+    "row groups that are null": _at("row_groups", value=None),
+    "a row group that is text": _at("row_groups", 0, value="many"),
+    "no row groups": _without("row_groups"),
     "an array that is null": _at(*TOKEN, value=None),
     "arrays that are a list": _at("arrays", value=[]),
     "no arrays": _without("arrays"),
@@ -139,7 +149,7 @@ def test_any_other_value_of_a_field_is_taken_or_refused(name: str, other: object
 
 def test_shapes_must_be_the_expected_ones() -> None:
     manifest = make_manifest()
-    shapes = {"token": (CHUNK_ROWS + 1,), "topk_id": (7, 3), "x_reward": (2,)}
+    shapes = {"token": (2049,), "topk_id": (7, 3), "x_reward": (2,)}
     manifest.check_shapes(shapes, "here")
     for wrong, named in [
         (shapes | {"topk_id": (7, 4)}, "topk_id"),
@@ -149,8 +159,3 @@ def test_shapes_must_be_the_expected_ones() -> None:
     ]:
         with pytest.raises(CorruptError, match=rf"^here: expected shapes .* of \['{named}'\]"):
             manifest.check_shapes(wrong, "here")
-
-
-def test_numbers_of_a_chunk() -> None:
-    assert chunk_numbers((5,)) == CHUNK_ROWS
-    assert chunk_numbers((100_000, 64)) == CHUNK_ROWS * 64

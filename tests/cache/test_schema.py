@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 from pcodec import ChunkConfig, standalone
 
+from stillroom.cache import schema
 from stillroom.cache.errors import ShapeError
 from stillroom.cache.schema import (
     BY_NAME,
     COLUMNS,
     EDGE_OF,
+    UNUSED_ID,
     Arrays,
     check_arrays,
     column_of,
@@ -23,7 +25,7 @@ NAMES = [column.name for column in STORED]
 @pytest.fixture
 def arrays() -> Arrays:
     """A whole shard whose axes all differ in length."""
-    return random_arrays(seed=0, positions=30, sequences=4)
+    return random_arrays(seed=1, positions=30, sequences=4)
 
 
 def test_a_whole_shard_is_taken(arrays: Arrays) -> None:
@@ -78,6 +80,81 @@ def test_the_scored_mask_must_count_the_positions(arrays: Arrays) -> None:
     arrays["scored"][:] = 0
     with pytest.raises(ShapeError, match=r"^column 'scored': expected 30 ones"):
         check_arrays(arrays, TOPK, 0)
+
+
+@pytest.mark.parametrize("count", [0, TOPK + 1])
+def test_a_count_is_of_one_to_k_entries(arrays: Arrays, count: int) -> None:
+    arrays["topk_count"][9] = count
+    with pytest.raises(ShapeError, match=r"^column 'topk_count': expected 1 to 5; got"):
+        check_arrays(arrays, TOPK, 0)
+
+
+def cut(arrays: Arrays, position: int, count: int) -> None:
+    """Leave a position fewer entries."""
+    arrays["topk_count"][position] = count
+    arrays["topk_id"][position, count:] = UNUSED_ID
+    arrays["topk_logprob"][position, count:] = -np.inf
+
+
+def test_fewer_entries_than_k_are_taken(arrays: Arrays) -> None:
+    for position in range(TOPK):
+        cut(arrays, position, position + 1)
+    check_arrays(arrays, TOPK, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "value"),
+    [
+        ("topk_id", (6, 1), UNUSED_ID),
+        ("topk_id", (6, 2), 7),
+        ("topk_logprob", (6, 3), -1),
+        ("topk_count", (6,), 3),
+    ],
+)
+@pytest.mark.parametrize("block", [65_536, 4])
+def test_entries_must_fit_their_count(
+    arrays: Arrays,
+    name: str,
+    at: tuple[int, ...],
+    value: int,
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(schema, "CHECKED_ROWS", block)
+    cut(arrays, 6, 2)
+    arrays[name][at] = value
+    with pytest.raises(ShapeError, match=r"^column 'topk_(id|logprob)': expected .* where|only"):
+        check_arrays(arrays, TOPK, 0)
+
+
+@pytest.fixture
+def with_extra(arrays: Arrays) -> Arrays:
+    """The same with three extra ids a position, of which one is unused."""
+    arrays["extra_id"] = np.arange(90, dtype=np.uint32).reshape(30, 3)
+    arrays["extra_logprob"] = np.full((30, 3), -1, np.float16)
+    arrays["extra_behaviour_logprob"] = np.full((30, 3), -2, np.float32)
+    arrays["extra_id"][5, 2] = UNUSED_ID
+    arrays["extra_logprob"][5, 2] = -np.inf
+    arrays["extra_behaviour_logprob"][5, 2] = np.nan
+    return arrays
+
+
+def test_extra_columns_are_taken(with_extra: Arrays) -> None:
+    check_arrays(with_extra, TOPK, 3)
+    with_extra["extra_behaviour_logprob"][:] = np.nan
+    check_arrays(with_extra, TOPK, 3)
+
+
+@pytest.mark.parametrize("name", ["extra_logprob", "extra_behaviour_logprob"])
+def test_what_has_no_id_has_no_score(with_extra: Arrays, name: str) -> None:
+    with_extra[name][5, 2] = -1
+    with pytest.raises(ShapeError, match=rf"^column '{name}': .*where there is no id"):
+        check_arrays(with_extra, TOPK, 3)
+
+
+def test_extra_columns_of_a_cache_without_extra_ids_are_refused(with_extra: Arrays) -> None:
+    with pytest.raises(ShapeError, match=r"^column 'extra_\w+': expected a declared column"):
+        check_arrays(with_extra, TOPK, 0)
 
 
 def test_another_topk_is_refused(arrays: Arrays) -> None:

@@ -11,9 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from stillroom.cache.errors import ConfigError, ForkedError, MissingError, StorageError
+from stillroom.cache.errors import (
+    ConfigError,
+    CorruptError,
+    ForkedError,
+    MissingError,
+    StorageError,
+)
 from stillroom.cache.storage import Entry, Storage
 from tests.cache.fakes import LostReply
+from tests.cache.s3 import QUICKLY, S3
 
 BAD_PATHS = [
     "",
@@ -36,7 +43,7 @@ BAD_PATHS = [
 PUTTER = """
 import sys, time
 from pathlib import Path
-from stillroom.cache.storage import Storage
+from stillroom.cache.storage import Entry, Storage
 root, name = sys.argv[1:]
 storage = Storage(root)
 print("ready", flush=True)
@@ -51,15 +58,25 @@ def storage(tmp_path: Path) -> Storage:
     return Storage(tmp_path / "root")
 
 
-@pytest.fixture(params=["local", "address"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def either(request: pytest.FixtureRequest, storage: Storage) -> Storage:
-    """A storage in a folder, and one behind an address."""
-    return storage if request.param == "local" else Storage("memory:///")
+    """A storage in a folder, one in memory, and one on an S3 server."""
+    if request.param == "local":
+        return storage
+    if request.param == "memory":
+        return Storage("memory:///")
+    s3: S3 = request.getfixturevalue("s3")
+    return Storage(s3.new_root(), **QUICKLY)
 
 
 def folder(storage: Storage) -> Path:
     """The root of a local storage."""
     return Path(storage.root)
+
+
+def sizes(entries: list[Entry]) -> dict[str, int]:
+    """Path to size of a listing."""
+    return {entry.path: entry.size_bytes for entry in entries}
 
 
 def test_a_first_put_wins_and_stays(either: Storage) -> None:
@@ -144,7 +161,7 @@ def test_a_root_that_is_not_there_is_empty(either: Storage) -> None:
 def test_a_root_below_a_file_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     storage = Storage(tmp_path / "file" / "root")
-    with pytest.raises(StorageError, match="to write a new object"):
+    with pytest.raises(StorageError, match="to write it"):
         storage.put_new("a/b", b"x")
     assert not storage.exists("a/b")
 
@@ -157,6 +174,8 @@ def test_a_put_below_an_object_fails(storage: Storage) -> None:
 
 
 CALLS: dict[str, Callable[[Storage, str], object]] = {
+    "put": lambda storage, path: storage.put(path, b"x"),
+    "delete": lambda storage, path: storage.delete(path),
     "put_new": lambda storage, path: storage.put_new(path, b"x"),
     "get": lambda storage, path: storage.get(path),
     "get_ranges": lambda storage, path: storage.get_ranges(path, [0], [1]),
@@ -199,7 +218,7 @@ def test_the_root_itself_may_be_a_link(storage: Storage, tmp_path: Path) -> None
     folder(storage).symlink_to(tmp_path / "real")
     assert storage.put_new("a/b", b"x")
     assert storage.get("a/b") == b"x"
-    assert storage.list("a") == [Entry("a/b", 1)]
+    assert sizes(storage.list("a")) == {"a/b": 1}
 
 
 def test_a_root_may_be_a_file_address_or_begin_at_home(
@@ -219,13 +238,77 @@ def test_a_listing_is_sorted_and_ignores_what_is_not_ours(storage: Storage) -> N
     for path in ("a/.0123.tmp", "a/.tmp/x", "a/with space", "a/b~"):
         (folder(storage) / path).parent.mkdir(exist_ok=True)
         (folder(storage) / path).write_bytes(b"x")
-    assert storage.list("a") == [Entry("a/b.json", 2), Entry("a/b/z", 2), Entry("a/c", 2)]
+    (folder(storage) / "a" / "b~link").symlink_to(folder(storage))
+    listed = storage.list("a")
+    assert [entry.path for entry in listed] == ["a/b.json", "a/b/z", "a/c"]
+    assert sizes(listed) == {"a/b.json": 2, "a/b/z": 2, "a/c": 2}
 
 
 def test_a_prefix_is_a_folder(either: Storage) -> None:
     for path in ("a/c", "ab/c", "a/b/z"):
         either.put_new(path, b"12")
-    assert either.list("a") == [Entry("a/b/z", 2), Entry("a/c", 2)]
+    assert sizes(either.list("a")) == {"a/b/z": 2, "a/c": 2}
+    assert [entry.path for entry in either.list("a")] == ["a/b/z", "a/c"]
+
+
+def test_a_listing_says_when_an_object_was_written(either: Storage) -> None:
+    before = either.now()
+    either.put_new("a/first", b"x")
+    (first,) = either.list("a")
+    either.put("a/first", b"y")
+    (again,) = either.list("a")
+    assert before <= first.modified <= again.modified <= either.now()
+
+
+def test_an_entry_is_that_of_the_listing(either: Storage) -> None:
+    either.put_new("a/b", b"12")
+    (listed,) = either.list("a")
+    found = either.entry("a/b")
+    assert found is not None
+    assert (found, int(found.modified)) == (listed, int(listed.modified))
+    assert either.entry("a/c") is None
+    assert either.entry("a") is None
+
+
+def test_asking_for_the_time_leaves_nothing(either: Storage) -> None:
+    either.put_new("a", b"x")
+    either.now()
+    assert either.list("probe") == []
+    assert either.temporaries() == []
+
+
+def test_put_overwrites(either: Storage) -> None:
+    either.put("claims/a", b"first")
+    either.put("claims/a", b"second, longer")
+    assert either.get("claims/a") == b"second, longer"
+    assert sizes(either.list("claims")) == {"claims/a": 14}
+    assert either.temporaries() == []
+
+
+def test_what_is_deleted_is_gone_and_can_be_written_again(either: Storage) -> None:
+    for path in ("a/b/c", "a/b/d", "e"):
+        either.put_new(path, b"x")
+    either.delete("a/b/c")
+    assert sizes(either.list("a")) == {"a/b/d": 1}
+    for path in ("a/b/c", "a/b/d", "e", "a/b/d", "never/was", "e/below"):
+        either.delete(path)
+    assert either.list("a") == []
+    assert not either.exists("e")
+    assert either.put_new("a/b/c", b"new")
+    assert either.get("a/b/c") == b"new"
+
+
+def test_many_objects_come_in_order_and_an_error_is_one_of_them(either: Storage) -> None:
+    paths = [f"a/{i}" for i in range(40)]
+    for path in paths:
+        either.put_new(path, path.encode())
+    asked = [*reversed(paths), "a/none", *paths]
+    found = either.get_many(asked)
+    missing = found.pop(40)
+    assert isinstance(missing, MissingError)
+    assert missing.where == either.describe("a/none")
+    assert found == [path.encode() for path in asked if path != "a/none"]
+    assert either.get_many([]) == []
 
 
 def test_ranges_come_in_the_order_asked(either: Storage) -> None:
@@ -240,6 +323,20 @@ def test_ranges_come_in_the_order_asked(either: Storage) -> None:
 def test_ranges_past_the_end_are_short(either: Storage) -> None:
     either.put_new("a", b"0123456789")
     assert either.get_ranges("a", [2, 8, 10, 99], [2, 5, 1, 1]) == [b"23", b"89", b"", b""]
+    assert either.get_ranges("a", [12, 1 << 40], [2, 5]) == [b"", b""]
+    assert either.get_ranges("a", [8], [1 << 40]) == [b"89"]
+    either.put_new("empty", b"")
+    assert either.get_ranges("empty", [0, 3], [2, 0]) == [b"", b""]
+
+
+@pytest.mark.parametrize("size", [9, 11, 100])
+@pytest.mark.parametrize("start", [0, 8, 50])
+def test_an_object_of_another_size_is_damaged(either: Storage, size: int, start: int) -> None:
+    either.put_new("a/b", b"0123456789")
+    assert either.get_ranges("a/b", [8], [2], 10) == [b"89"]
+    message = rf"{re.escape(either.describe('a/b'))}: expected an object of {size} bytes; got 10"
+    with pytest.raises(CorruptError, match=message):
+        either.get_ranges("a/b", [start], [1], size)
 
 
 def test_the_probe_passes(either: Storage) -> None:
@@ -280,76 +377,19 @@ def test_only_an_address_is_probed_again(storage: Storage) -> None:
 
 
 def test_the_probe_finds_a_storage_that_refuses_the_first_put(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="first put False"):
-        LostReply(tmp_path, "probe", "exists").probe()
+    with pytest.raises(StorageError, match="first put False, second put False, content None"):
+        LostReply(tmp_path, "probe", "exists", effective=False).probe()
 
 
-def test_a_put_is_on_disk_before_it_is_reported(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root, events = folder(storage), list[tuple[str, int]]()
-    fsync, link, mkdir = os.fsync, os.link, os.mkdir
-
-    def recorded_fsync(handle: int) -> None:
-        fsync(handle)
-        events.append(("fsync", os.fstat(handle).st_ino))
-
-    def recorded_link(source: Path, target: Path) -> None:
-        link(source, target)
-        events.append(("link", target.stat().st_ino))
-
-    def recorded_mkdir(path: Path, mode: int = 0o777) -> None:
-        mkdir(path, mode)
-        events.append(("mkdir", path.stat().st_ino))
-
-    monkeypatch.setattr(os, "fsync", recorded_fsync)
-    monkeypatch.setattr(os, "link", recorded_link)
-    monkeypatch.setattr(os, "mkdir", recorded_mkdir)
-    assert storage.put_new("a/b/c", b"x")
-
-    def inode(path: str) -> int:
-        return (root / path).stat().st_ino
-
-    assert events == [
-        ("mkdir", inode(".")),
-        ("fsync", inode("..")),
-        ("mkdir", inode("a")),
-        ("fsync", inode(".")),
-        ("mkdir", inode("a/b")),
-        ("fsync", inode("a")),
-        ("fsync", inode("a/b/c")),
-        ("link", inode("a/b/c")),
-        ("fsync", inode("a/b")),
-    ]
-    events.clear()
-    assert storage.put_new("a/b/d", b"y")
-    assert events == [
-        ("fsync", inode("a/b/d")),
-        ("link", inode("a/b/d")),
-        ("fsync", inode("a/b")),
-    ]
-
-
-@pytest.mark.parametrize("broken", ["fsync", "link"])
-def test_a_put_that_cannot_be_made_durable_fails_and_leaves_nothing(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch, broken: str
-) -> None:
-    storage.put_new("a/b", b"x")
-
-    def refuse(*_: object) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(os, broken, refuse)
-    with pytest.raises(StorageError, match=r"a/c: expected to write.*Operation not supported"):
-        storage.put_new("a/c", b"x")
-    assert [path.name for path in (folder(storage) / "a").iterdir()] == ["b"]
+def test_the_probe_minds_no_lost_reply(tmp_path: Path) -> None:
+    LostReply(tmp_path, "probe", "exists").probe()
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("call", ["put_new", "get", "get_ranges", "list"])
+@pytest.mark.parametrize("call", CALLS)
 def test_a_forked_child_may_not_use_it(storage: Storage, call: str) -> None:
     storage.put_new("a/b", b"x")
-    path = {"put_new": "a/c", "list": "a"}.get(call, "a/b")
+    path = {"put_new": "a/c", "put": "a/c", "list": "a"}.get(call, "a/b")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # threads of other tests
         child = os.fork()
@@ -363,6 +403,7 @@ def test_a_forked_child_may_not_use_it(storage: Storage, call: str) -> None:
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert not storage.exists("a/c")
+    assert storage.exists("a/b")
 
 
 def test_messages_name_the_object(tmp_path: Path) -> None:

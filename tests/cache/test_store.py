@@ -11,10 +11,12 @@ import pytest
 from stillroom.cache import Cache as Exported
 from stillroom.cache import jsonfile
 from stillroom.cache.errors import MismatchError, MissingError, ShapeError, StorageError
-from stillroom.cache.manifest import OBJECT_NAME, Manifest
+from stillroom.cache.identity import SHARD_FORMATS
+from stillroom.cache.manifest import Manifest
 from stillroom.cache.score import score
 from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
+from stillroom.cache.zarr_layout import OBJECT_NAME
 from tests.cache.fakes import (
     SCORED_BY,
     FakeTeacher,
@@ -88,18 +90,18 @@ def test_a_quarantined_part_is_unscored(cache: Cache) -> None:
     cache.add_part(random_rollouts(0, 4), make_meta())
     assert not cache.is_scored(name)
     with pytest.raises(MissingError, match=name):
-        cache.quarantine(name, "no reason")
+        cache.quarantine(name, "no reason", damaged=True)
     for n in range(2):
         commit = commit_shard(cache, random_arrays(0, 12, 4))
         assert commit.n == n
         assert cache.is_scored(name)
         assert cache.unscored() == []
-        cache.quarantine(name, "bad sector")
+        cache.quarantine(name, "bad sector", damaged=True)
         assert not cache.is_scored(name)
         assert cache.unscored() == [name]
     files = [entry.path for entry in cache.storage.list("quarantine")]
     assert files == [f"quarantine/{name}.{n}.json" for n in range(2)]
-    assert jsonfile.load(cache.storage.get(files[0]), "x")["reason"] == "bad sector"
+    assert jsonfile.load_sealed(cache.storage.get(files[0]), "x")["reason"] == "bad sector"
 
 
 def test_a_part_under_another_name_is_refused(cache: Cache, root: Path) -> None:
@@ -168,9 +170,11 @@ def test_a_shard_of_another_identity_is_refused(cache: Cache, tmp_path: Path) ->
         cache.shard(other.commit_of(make_meta().name))
 
 
-def test_the_metadata_of_a_large_shard_costs_little(cache: Cache) -> None:
-    positions = 150_000
-    commit = commit_shard(cache, random_arrays(0, positions, 300))
+@pytest.mark.parametrize("shard_format", SHARD_FORMATS)
+def test_the_metadata_of_a_large_shard_costs_little(tmp_path: Path, shard_format: str) -> None:
+    cache = Cache.create(tmp_path, make_identity(shard_format=shard_format))
+    positions = 100_000
+    commit = commit_shard(cache, random_arrays(0, positions, 200))
     chunks = cache.shard(commit).manifest.arrays.values()
     payload = sum(chunk.length for entry in chunks for chunk in entry.chunks)
     assert (commit.stored_bytes - payload) / positions < 1

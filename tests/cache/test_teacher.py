@@ -8,7 +8,7 @@ import pytest
 from stillroom.cache.errors import ConfigError
 from stillroom.cache.fingerprint import ModelFiles
 from stillroom.cache.identity import Identity, TeacherId
-from stillroom.cache.teacher import DTYPES, TeacherConfig, identity_of
+from stillroom.cache.teacher import DTYPES, ScoreSpec, TeacherConfig, identity_of
 
 FILES = ModelFiles(
     folder=Path("/models/teacher"),
@@ -38,7 +38,7 @@ def test_a_setting_out_of_range_is_refused(changes: dict[str, Any], named: str) 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_identity_says_what_scores_depend_on(dtype: str) -> None:
     config = TeacherConfig(model="org/name", revision="main", dtype=dtype, device="cpu")
-    assert identity_of(FILES, config, topk=8, temperature=0.5) == Identity(
+    assert identity_of(FILES, config, ScoreSpec(topk=8, temperature=0.5)) == Identity(
         teacher=TeacherId(
             name="org/name",
             revision="main",
@@ -57,10 +57,11 @@ def test_the_identity_says_what_scores_depend_on(dtype: str) -> None:
 
 def test_what_only_costs_time_is_not_in_the_identity() -> None:
     quick = TeacherConfig(model="m", device="cuda:1", max_batch_tokens=1, head_rows=1)
-    assert identity_of(FILES, quick, 8, 1.0) == identity_of(FILES, TeacherConfig(model="m"), 8, 1.0)
+    spec = ScoreSpec(topk=8)
+    assert identity_of(FILES, quick, spec) == identity_of(FILES, TeacherConfig(model="m"), spec)
 
 
 @pytest.mark.parametrize(("topk", "temperature"), [(51, 1.0), (0, 1.0), (8, 0.0), (8, -1.0)])
 def test_settings_that_do_not_fit_the_teacher_are_refused(topk: int, temperature: float) -> None:
     with pytest.raises(ConfigError):
-        identity_of(FILES, TeacherConfig(model="m"), topk, temperature)
+        identity_of(FILES, TeacherConfig(model="m"), ScoreSpec(topk=topk, temperature=temperature))

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.store import Cache
-from stillroom.cache.teacher import RowScores, ScoreRow, TeacherConfig
+from stillroom.cache.summarise import summarise
+from stillroom.cache.tail_draws import uniforms
+from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec, TeacherConfig
 from stillroom.cache.transformers_teacher import TransformersTeacher
 from stillroom.replay.sampler import SamplerConfig
 from stillroom.replay.stream import ReplayConfig
@@ -79,7 +81,7 @@ def scores(folder: Path, device: str, dtype: str) -> list[RowScores]:
     rows = [ScoreRow(ids, np.arange(1, len(ids))) for ids in random_ids(40, 17, 3)]
     config = TeacherConfig(model=str(folder), device=device, dtype=dtype)
     teacher = TransformersTeacher(inspect_model(str(folder)), config)
-    found = dict(teacher.score(rows, TOPK, 1.0))
+    found = dict(teacher.score(rows, ScoreSpec(topk=TOPK)))
     return [found[i] for i in range(len(rows))]
 
 
@@ -101,6 +103,30 @@ def test_scores_are_those_of_the_cpu(teacher_dir: Path, dtype: str) -> None:
     if dtype == "float32":
         ids = (np.concatenate([row.topk_id for row in rows]) for rows in (here, there))
         assert np.equal(*ids).mean() > 0.9
+
+
+def test_a_cut_and_draws_are_those_of_the_cpu() -> None:
+    """Of equal logits; a sum that lies at the mass, or a number at an edge, may fall either way."""
+    rng = np.random.default_rng(0)
+    logit_PV = torch.from_numpy(rng.normal(0, 3, (500, 1000)).astype(np.float32))
+    spec = ScoreSpec(topk=100, mass=0.9, extra=4, extra_kind="tail")
+    uniform_PM = torch.from_numpy(uniforms(1, 500, 4))
+    sampled_P = torch.zeros(500, dtype=torch.int64)
+    here, there = (
+        summarise(
+            logit_PV.clone().to(device),
+            sampled_P.to(device),
+            spec,
+            np.zeros(500),
+            uniform_PM=uniform_PM.to(device),
+        )
+        for device in ("cpu", DEVICE)
+    )
+    assert len(set(here["topk_count"].tolist())) > 20
+    for name in ("topk_id", "topk_count", "extra_id"):
+        same = here[name] == there[name].cpu()
+        assert same.float().mean() > 0.98, name
+    assert_near(there["tail_logprob"].cpu().numpy(), here["tail_logprob"].numpy(), 0.05, 1e-3)
 
 
 def test_sampled_logprobs_equal_a_dense_recomputation(student_dir: Path) -> None:

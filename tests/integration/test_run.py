@@ -52,6 +52,7 @@ def test_rounds_are_whole(finished: tuple[dict[str, Any], dict[str, Any]]) -> No
     cache = Cache.open(settings["root"])
     assert policy_versions(cache.storage) == [0, 1, 2]
     assert len(cache.parts()) == len(cache.commits()) == 4
+    assert cache.storage.list("pins") == [], "a run that is through keeps nothing from gc"
     assert [r["rollouts"] for r in summary["rounds"]] == [6, 6]
     first, second = summary["rounds"]
     assert first["after"] == second["before"]

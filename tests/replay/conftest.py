@@ -10,9 +10,11 @@ from hypothesis import settings
 
 from stillroom.cache import jsonfile
 from stillroom.cache.identity import Identity, TeacherId
-from stillroom.cache.part import PartMeta, encode_part, part_arrays, part_name, prompt_id
+from stillroom.cache.part import PartMeta, encode_part, part_name, prompt_id
+from stillroom.cache.part_arrays import part_arrays
 from stillroom.cache.schema import PART_SCHEMA
-from stillroom.cache.store import Cache, ScoredBy
+from stillroom.cache.shard_writer import ScoredBy
+from stillroom.cache.store import Cache
 from stillroom.replay.prompts import Prompt
 
 settings.register_profile("replay", deadline=None)  # a busy machine is no failure
@@ -51,7 +53,7 @@ def make_prompts(count: int, length: int = 3) -> list[Prompt]:
     return made
 
 
-def part_meta(version: int, unit: int, temperature: float = 1.0) -> PartMeta:
+def part_meta(version: int, unit: int, temperature: float | None = 1.0) -> PartMeta:
     """What is true of a made-up part."""
     return PartMeta(
         policy_version=version,
@@ -96,7 +98,7 @@ def made_up_table(rng: np.random.Generator, rows: int, version: int) -> pa.Table
 
 
 def add_scored_part(
-    cache: Cache, version: int, unit: int, rows: int, *, temperature: float = 1.0
+    cache: Cache, version: int, unit: int, rows: int, *, temperature: float | None = 1.0
 ) -> str:
     """Add a part and a shard of random scores for it; returns its name."""
     rng = np.random.default_rng([version, unit, rows])

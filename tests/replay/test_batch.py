@@ -82,6 +82,33 @@ def test_dtypes_are_those_that_tensors_need() -> None:
     assert batch.sampling_temperature.dtype == np.float32
 
 
+def test_extra_ids_go_with_their_positions() -> None:
+    def extra(*ids: list[int]) -> dict[str, np.ndarray]:
+        array = np.array(ids, np.uint32)
+        return {
+            "extra_id": array,
+            "extra_logprob": -array.astype(np.float16),
+            "extra_behaviour_logprob": array.astype(np.float32) / 2,
+        }
+
+    rows = [
+        hand_row(1, [1], [2, 3, 4], scored=[1, 0, 1], **extra([7, 8], [9, 10])),
+        hand_row(2, [4], [5], **extra([11, 12])),
+    ]
+    batch = collate(rows)
+    assert batch.extra_id.tolist() == [[7, 8], [9, 10], [11, 12]]
+    assert np.array_equal(batch.extra_logprob, -batch.extra_id)
+    assert np.array_equal(batch.extra_behaviour_logprob, batch.extra_id / 2)
+    types = [batch.extra_id.dtype, batch.extra_logprob.dtype, batch.extra_behaviour_logprob.dtype]
+    assert types == [np.int64, np.float32, np.float32]
+
+
+def test_without_extra_ids_there_are_none() -> None:
+    batch = collate([hand_row(1, [1], [2, 3])])
+    assert batch.extra_id.shape == batch.extra_logprob.shape == (2, 0)
+    assert batch.extra_behaviour_logprob.shape == (2, 0)
+
+
 def test_a_collated_batch_shares_no_memory_with_its_rows() -> None:
     row = hand_row(1, [1], [2, 3])
     batch = collate([row])

@@ -110,7 +110,7 @@ def test_the_stored_plan_wins(empty_cache: Cache) -> None:
 def test_a_cycle_is_stored_as_canonical_json(empty_cache: Cache) -> None:
     store_cycle(empty_cache, "a", plan())
     data = empty_cache.storage.get("units/a.json")
-    assert data == jsonfile.dump(jsonfile.load(data, "a"))
+    assert data == jsonfile.dump_sealed(jsonfile.load_sealed(data, "a"))
 
 
 def test_prompts_are_stored_as_they_were_rendered(empty_cache: Cache) -> None:
@@ -130,7 +130,7 @@ def test_prompts_are_stored_as_they_were_rendered(empty_cache: Cache) -> None:
     ids=str,
 )
 def test_damaged_prompts_are_named(change: dict[str, Any]) -> None:
-    value = jsonfile.load(plan().to_json(), "x")
+    value = jsonfile.load_sealed(plan().to_json(), "x")
     value["prompts"] |= change
     with pytest.raises(CorruptError, match=r"units/a\.json"):
-        Cycle.from_json(jsonfile.dump(value), "units/a.json")
+        Cycle.from_json(jsonfile.dump_sealed(value), "units/a.json")

@@ -1,14 +1,14 @@
 """The rollout job: planned units have fixed names, and are sampled once however often it runs."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from stillroom.cache.errors import InputError, NumericsError
+from stillroom.cache.errors import ConfigError, InputError, NumericsError
 from stillroom.cache.part import part_name, rollout_id
 from stillroom.cache.store import Cache
 from stillroom.replay.cycle import Cycle, Unit, plan_cycle
@@ -106,6 +106,49 @@ def test_a_completion_stays_with_its_prompt(empty_cache: Cache) -> None:
         assert item["ends_with_stop"] == (expected[row].finish_reason == "stop")
         assert item["scored"] is None
         assert item["teacher_prompt"] is None
+
+
+class NotingSampler(FakeSampler):
+    """A sampler that notes two ids beside each token, of which the second may be shut out."""
+
+    def sample(self, prompts: Sequence[np.ndarray], seed: int) -> Iterator[tuple[int, Sampled]]:
+        """Completions of the fake."""
+        for index, sampled in super().sample(prompts, seed):
+            n = len(sampled.completion)
+            least = -np.inf if index % 2 else -1.5
+            logprob = np.tile(np.array([-0.5, least], np.float32), (n, 1))
+            ids = np.tile(np.array([index, 30], np.uint32), (n, 1))
+            yield index, replace(sampled, extra_id=ids, extra_behaviour_logprob=logprob)
+
+
+def noting_plan() -> Cycle:
+    """One unit whose sampler notes two ids a token."""
+    config = replace(CONFIG, extra=2)
+    return plan_cycle(PROMPTS, config, policy_version=0, seed=1, unit_rollouts=100)
+
+
+def test_ids_that_the_sampler_notes_go_into_the_part(tmp_path: Path) -> None:
+    cache = Cache.create(tmp_path, replace(IDENTITY, extra=3, extra_kind="student"))
+    cycle = noting_plan()
+    rollout(cache, cycle, NotingSampler().make)
+    table, _, _ = cache.read_part(part_name(0, cycle.units[0].id))
+    for row, item in enumerate(table.to_pylist()):
+        n = len(item["completion"])
+        assert item["extra_id"] == [[row] if row % 2 else [row, 30]] * n
+        assert item["extra_behaviour_logprob"] == [[-0.5] if row % 2 else [-0.5, -1.5]] * n
+
+
+@pytest.mark.parametrize(
+    "identity", [{}, {"extra": 1, "extra_kind": "student"}, {"extra": 2, "extra_kind": "tail"}]
+)
+def test_more_ids_than_the_cache_scores_are_refused_before_sampling(
+    tmp_path: Path, identity: dict[str, Any]
+) -> None:
+    cache = Cache.create(tmp_path, replace(IDENTITY, **identity))
+    sampler = NotingSampler()
+    with pytest.raises(ConfigError, match=r"^sampler\.extra: expected at most [01], .*; got 2"):
+        rollout(cache, noting_plan(), sampler.make)
+    assert sampler.made == 0
 
 
 def test_units_are_sampled_with_seeds_of_their_own(empty_cache: Cache) -> None:

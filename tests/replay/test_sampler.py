@@ -24,6 +24,7 @@ from stillroom.replay.sampler import SamplerConfig
         {"top_p": 1.1},
         {"top_p": math.nan},
         {"top_k": -1},
+        {"extra": -1},
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
@@ -45,6 +46,10 @@ def test_recorded_is_all_that_decides_the_distribution() -> None:
         "behaviour_logprob": "after temperature and filters",
     }
     assert jsonfile.load(jsonfile.dump(config.recorded()), "recorded") == config.recorded()
+
+
+def test_extra_ids_are_recorded_where_there_are_any() -> None:
+    assert SamplerConfig(extra=4).recorded() == SamplerConfig().recorded() | {"extra": 4}
 
 
 def test_where_and_in_what_batches_it_runs_is_not_recorded() -> None:

@@ -22,11 +22,12 @@ from stillroom.cache.errors import (
     MismatchError,
     MissingError,
 )
-from stillroom.cache.manifest import OBJECT_NAME
 from stillroom.cache.store import Cache
+from stillroom.cache.zarr_layout import OBJECT_NAME
 from stillroom.replay.batch import Batch, MicroBatch
 from stillroom.replay.plan import Plan
 from stillroom.replay.stream import ReplayConfig, ReplayStream
+from tests.replay.conftest import add_scored_part
 
 CONFIG = ReplayConfig(batch_rows=6, max_tokens=40, block_rows=4, window_rows=5, seed=3)
 ROWS = 37
@@ -119,6 +120,13 @@ def test_an_epoch_holds_every_row_once_with_the_stored_values(scored_cache: Cach
             temperature = 0.5 if 11 <= number < 28 else 1.0
             assert set(micro.sampling_temperature[positions]) == {temperature}
     assert sorted(seen) == list(range(ROWS))
+
+
+def test_an_unknown_temperature_is_not_taken_for_one(empty_cache: Cache) -> None:
+    add_scored_part(empty_cache, 0, 0, 3, temperature=None)
+    stream = ReplayStream(empty_cache, empty_cache.snapshot(), CONFIG)
+    micro = next(m for m in stream.next_batch().micro_batches if m is not None)
+    assert np.isnan(micro.sampling_temperature).all()
 
 
 def test_batches_follow_the_plan_epoch_after_epoch(scored_cache: Cache) -> None:
@@ -330,7 +338,7 @@ def test_later_parts_do_not_change_a_pinned_snapshot(scored_cache: Cache, tmp_pa
     follow(reopened, before)
 
 
-@pytest.mark.parametrize("column", ["topk_id", "sampled_logprob", "token", "position_start"])
+@pytest.mark.parametrize("column", ["topk_code", "sampled_logprob", "token", "prompt_length"])
 def test_a_flipped_byte_stops_the_stream_and_names_the_object(
     scored_cache: Cache, tmp_path: Path, column: str
 ) -> None:

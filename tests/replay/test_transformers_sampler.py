@@ -134,6 +134,31 @@ def test_behaviour_logprobs_equal_a_dense_recomputation(
         np.testing.assert_allclose(sampled.behaviour_logprob, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 3}])
+def test_the_likeliest_tokens_are_noted_beside_each(
+    padded_dir: Path, settings: dict[str, Any]
+) -> None:
+    for prompt, sampled in zip(PROMPTS, run(padded_dir, PROMPTS, extra=5, **settings), strict=True):
+        ids, logprob = sampled.extra_id, sampled.extra_behaviour_logprob
+        assert ids is not None
+        assert logprob is not None
+        assert [str(ids.dtype), str(logprob.dtype)] == ["uint32", "float32"]
+        assert ids.shape == logprob.shape == (len(sampled.completion), 5)
+        dense = dense_logprob(padded_dir, prompt, sampled.completion, **settings)
+        possible = logprob > -np.inf
+        assert (possible.sum(1) == settings.get("top_k", 5)).all()
+        expected = -np.sort(-dense, axis=1)[:, :5]
+        np.testing.assert_allclose(logprob[possible], expected[possible], rtol=0, atol=1e-4)
+        own = np.take_along_axis(dense, ids.astype(int).clip(max=VOCAB - 1), 1)
+        np.testing.assert_allclose(logprob[possible], own[possible], rtol=0, atol=1e-4)
+
+
+def test_nothing_is_noted_unless_asked_for(student_dir: Path) -> None:
+    (sampled,) = run(student_dir, PROMPTS[:1])
+    assert sampled.extra_id is None
+    assert sampled.extra_behaviour_logprob is None
+
+
 def test_tokens_are_drawn_as_often_as_their_logprobs_say(student_dir: Path) -> None:
     prompt = PROMPTS[0]
     settings: dict[str, Any] = {"temperature": 0.7, "top_k": 6}

@@ -16,10 +16,12 @@ from tokenizers import Tokenizer
 
 from stillroom.cache import jsonfile
 from stillroom.cache.fingerprint import inspect_model
-from stillroom.cache.part import PartMeta, part_arrays, part_name, prompt_id, rollout_id
+from stillroom.cache.part import PartMeta, part_name, prompt_id, rollout_id
+from stillroom.cache.part_arrays import part_arrays
 from stillroom.cache.schema import PART_SCHEMA, Arrays
-from stillroom.cache.store import Cache, ScoredBy
-from stillroom.cache.teacher import TeacherConfig, identity_of
+from stillroom.cache.shard_writer import ScoredBy
+from stillroom.cache.store import Cache
+from stillroom.cache.teacher import ScoreSpec, TeacherConfig, identity_of
 from stillroom.replay.policies import register_initial
 from stillroom.tools.cli import main
 
@@ -100,14 +102,16 @@ def made_root(
     """A root with a scored, a retired, a quarantined and an unscored part, and a lost attempt."""
     root = tmp_path_factory.mktemp("made") / "cache"
     config = TeacherConfig(model=str(teacher_dir))
-    cache = Cache.create(root, identity_of(inspect_model(config.model), config, TOPK, 1.0))
+    cache = Cache.create(
+        root, identity_of(inspect_model(config.model), config, ScoreSpec(topk=TOPK))
+    )
     register_initial(cache.storage, inspect_model(str(student_dir)), "made-up")
     for part in (LIVE, RETIRED, QUARANTINED):
         _add_part(cache, part, student_dir, scored=True)
     cache.snapshot([LIVE, RETIRED])
     _add_part(cache, UNSCORED, student_dir, scored=False)
     cache.retire(RETIRED, "too old")
-    cache.storage.put_new(f"quarantine/{QUARANTINED}.0.json", b"{}")
+    cache.quarantine(QUARANTINED, "scored again by request", damaged=False)
     cache.storage.put_new(f"scores/{UNSCORED}/{'e' * 32}/shard.zarr.zip", b"half a shard")
     return root
 

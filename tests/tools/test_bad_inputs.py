@@ -94,8 +94,17 @@ def test_other_topk_temperature_or_teacher(world: World, run: Any, refused: Any)
     assert "topk = 8; got topk = 9" in refused("score", "--topk", 9)
     assert "temperature = 1.0; got temperature = 0.5" in refused("score", "--temperature", 0.5)
     assert "teacher.compute_dtype" in refused("score", "--teacher.dtype", "bfloat16")
+    assert "mass = 1.0; got mass = 0.9" in refused("score", "--mass", 0.9)
+    tail = ("--extra", 2, "--extra-kind", "tail")
+    assert "extra = 0, extra_kind = 'none'; got extra = 2, " in refused("score", *tail)
     assert "topk = 8; got topk = 9" in refused("init", "--topk", 9)
+    assert "mass = 1.0; got mass = 0.9" in refused("init", "--mass", 0.9)
     assert "teacher.fingerprint" in refused("score", "--teacher.model", world.student)
+
+
+@pytest.mark.parametrize("command", ["init", "run"])
+def test_a_mass_that_is_no_probability(command: str, refused: Any) -> None:
+    assert "mass: expected a probability above 0; got 1.5" in refused(command, "--mass", 1.5)
 
 
 @pytest.mark.parametrize("command", ["init", "run"])
@@ -106,7 +115,7 @@ def test_topk_beyond_the_vocabulary(command: str, refused: Any) -> None:
 def test_root_that_cannot_be_written(world: World, refused: Any) -> None:
     (world.folder / "file").write_text("x")
     world.root = world.folder / "file" / "cache"
-    assert "write a new object" in refused("init")
+    assert "must know hard links" in refused("init")
 
 
 @pytest.mark.parametrize("command", ["rollout", "run"])

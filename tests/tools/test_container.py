@@ -2,28 +2,27 @@
 
 import io
 import zipfile
+from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from stillroom.cache.errors import CorruptError
+from stillroom.cache.example_shards import random_shard
 from stillroom.cache.manifest import Manifest
-from stillroom.cache.schema import Arrays
-from stillroom.cache.zarr_shard import Encoded, encode_shard
+from stillroom.cache.shard_format import Encoded
+from stillroom.cache.zarr_shard import encode_zarr
 from stillroom.tools.container import check_container
 
-ATTRIBUTES = {"part": "p"}
+ATTRIBUTES = {"part": "p", "user_axes": {}}
 
 
 def encoded() -> Encoded:
     """Arrays of several blocks, of one chunk, of two dimensions, and empty."""
-    arrays: Arrays = {
-        "topk_id": np.arange(140_000, dtype=np.uint32).reshape(70_000, 2),
-        "tail_logprob": np.zeros(70_000, np.float16),
-        "prompt_length": np.ones(3, np.uint32),
-        "teacher_prompt": np.zeros(0, np.uint32),
-    }
-    return encode_shard(arrays, ATTRIBUTES)
+    arrays = random_shard(0, 70_000, 3, topk=2, vocab_size=50, teacher_prompts=False)
+    return encode_zarr(arrays, ATTRIBUTES)
+
+
+SHARD = encoded()
 
 
 def manifest(shard: Encoded) -> Manifest:
@@ -35,7 +34,7 @@ def manifest(shard: Encoded) -> Manifest:
         size=len(shard.data),
         hash="h",
         arrays=shard.arrays,
-        attributes=ATTRIBUTES,
+        attributes=shard.attributes,
     )
 
 
@@ -53,9 +52,9 @@ def rebuilt(
 
 
 def test_accepts_what_is_written() -> None:
-    shard = encoded()
-    check_container(shard.data, manifest(shard), "object")
-    check_container(rebuilt(shard.data, {}), manifest(shard), "object")
+    shard = SHARD
+    check_container(shard.data, manifest(shard))
+    check_container(rebuilt(shard.data, {}), manifest(shard))
 
 
 @pytest.mark.parametrize(
@@ -65,16 +64,17 @@ def test_accepts_what_is_written() -> None:
         {"zarr.json": b"[" * 100_000},
         {"zarr.json": b"nonsense"},
         {"zarr.json": b" " * (2 << 20)},
-        {"topk_id/c/1/0": None},
+        {"topk_code/c/1/0": None},
         {"more": b""},
         {"../escape": b""},
         {"prompt_length/zarr.json": b"[]"},
+        {"a" * 300 + str(i): b"" for i in range(20_000)},
     ],
 )
 def test_refuses_other_members(change: dict[str, bytes | None]) -> None:
-    shard = encoded()
+    shard = SHARD
     with pytest.raises(CorruptError):
-        check_container(rebuilt(shard.data, change), manifest(shard), "object")
+        check_container(rebuilt(shard.data, change), manifest(shard))
 
 
 @pytest.mark.parametrize(
@@ -83,25 +83,45 @@ def test_refuses_other_members(change: dict[str, bytes | None]) -> None:
         (b"numcodecs.pcodec", b"numcodecs.pickle"),
         (b'"index_location":"end"', b'"index_location":"start"'),
         (b'"data_type":"float16"', b'"data_type":"float32"'),
-        (b'"shape":[3]', b'"shape":[4]'),
+        (b'"shape":[3]', b'"shape":[5]'),
         (b'"zarr_format":3', b'"zarr_format":2'),
         (b'"attributes":{}', b'"attributes":{"a":1}'),
         (b'"node_type":"array"', b'"node_type":"array","more":1'),
     ],
 )
 def test_refuses_other_metadata(old: bytes, new: bytes) -> None:
-    shard = encoded()
+    shard = SHARD
     with zipfile.ZipFile(io.BytesIO(shard.data)) as archive:
         metadata = {n: archive.read(n) for n in archive.namelist() if n.endswith("zarr.json")}
     change: dict[str, bytes | None] = {n: v.replace(old, new) for n, v in metadata.items()}
     assert change != metadata
     with pytest.raises(CorruptError):
-        check_container(rebuilt(shard.data, change), manifest(shard), "object")
+        check_container(rebuilt(shard.data, change), manifest(shard))
 
 
 def test_refuses_compression_and_no_zip() -> None:
-    shard = encoded()
+    shard = SHARD
     with pytest.raises(CorruptError, match="uncompressed"):
-        check_container(rebuilt(shard.data, {}, zipfile.ZIP_DEFLATED), manifest(shard), "object")
+        check_container(rebuilt(shard.data, {}, zipfile.ZIP_DEFLATED), manifest(shard))
     with pytest.raises(CorruptError, match="a ZIP"):
-        check_container(b"no zip", manifest(shard), "object")
+        check_container(bytes(len(shard.data)), manifest(shard))
+
+
+def test_refuses_an_index_of_other_chunks() -> None:
+    shard = SHARD
+    names = ("rollout_id", "group")
+    arrays = dict(shard.arrays)
+    arrays["group"], arrays["rollout_id"] = (shard.arrays[name] for name in names)
+    with pytest.raises(CorruptError, match="an index of the manifest's chunks"):
+        check_container(shard.data, replace(manifest(shard), arrays=arrays))
+
+
+def test_refuses_a_changed_index_and_a_wrong_crc() -> None:
+    shard = SHARD
+    chunk = shard.arrays["group"].chunks[0]
+    end = chunk.offset + chunk.length
+    for at in (end, end + 8, end + 16, end + 19, chunk.offset):
+        data = bytearray(shard.data)
+        data[at] ^= 1
+        with pytest.raises(CorruptError, match="group/c/0"):
+            check_container(bytes(data), manifest(shard))

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from stillroom.cache.shard import Shard
+from stillroom.tools.listing import describe_kept
+from tests.cache.fakes import make_identity
 
 
 def test_ls_knows_every_state(made_root: Path, run: Any) -> None:
@@ -45,6 +47,19 @@ def test_status_names_the_teacher_and_units(made_root: Path, teacher_dir: Path, 
     assert f"teacher {teacher_dir}" in out
     assert "top 8 of 262 tokens, temperature 1.0" in out
     assert "the teacher took 4.0 s for" in out
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "top 5 of 40 tokens"),
+        ({"mass": 0.9}, "top 5 of 40 tokens that cover 0.9"),
+        ({"extra": 3, "extra_kind": "student"}, "top 5 of 40 tokens and 3 ids of the student"),
+        ({"extra": 3, "extra_kind": "tail"}, "top 5 of 40 tokens and 3 ids drawn from the tail"),
+    ],
+)
+def test_what_is_kept_is_said(settings: dict[str, Any], said: str) -> None:
+    assert describe_kept(make_identity(**settings)) == said
 
 
 def test_neither_opens_a_shard(

@@ -38,13 +38,16 @@ def test_bytes_add_up(value: Any, made_root: Path, live_part: str) -> None:
     assert sizes["shard_objects"] + sizes["manifests"] == commit.stored_bytes
     assert sizes["rollouts"] == (made_root / "rollouts" / f"{live_part}.parquet").stat().st_size
     assert value["bytes_per_position"] == pytest.approx(commit.stored_bytes / commit.positions)
-    columns = value["columns"]
-    assert columns["topk_id"]["raw_bytes_per_position"] == 8 * 4
-    assert columns["topk_logprob"]["raw_bytes_per_position"] == 8 * 2
-    raw = sum(column["raw_bytes_per_position"] for column in columns.values())
-    assert value["raw_bytes_per_position"] == pytest.approx(raw)
-    assert value["compression"] == pytest.approx(raw / value["bytes_per_position"])
-    assert sum(c["bytes_per_position"] for c in columns.values()) < value["bytes_per_position"]
+    shard = cache.shard(commit)
+    raw = sum(array.nbytes for array in shard.read_ranges((n, 0, None) for n in shard.columns))
+    assert value["raw_bytes_per_position"] == pytest.approx(raw / commit.positions)
+    assert value["compression"] == pytest.approx(raw / commit.stored_bytes)
+    stored = value["stored_bytes_per_position"]
+    assert stored.keys() == shard.manifest.arrays.keys()
+    chunks = shard.manifest.arrays["topk_logprob"].chunks
+    own = sum(chunk.length for chunk in chunks) / commit.positions
+    assert stored["topk_logprob"] == pytest.approx(own)
+    assert sum(stored.values()) < value["bytes_per_position"]
 
 
 def test_rollout_figures(value: Any) -> None:

@@ -1,21 +1,21 @@
 """Display text: the right tokenizer or none, and pieces of characters and of words."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models
 
-from stillroom.cache import jsonfile
+from stillroom.cache.store import Cache
 from stillroom.tools.texts import Texts
 
 
 def forget_tokenizers(root: Path) -> None:
     """Make a root name no folder that is there."""
     (root / "policies" / "000000.json").unlink()
-    value = json.loads((root / "cache.json").read_bytes())
-    value["teacher"]["name"] = "not/here"
-    (root / "cache.json").write_bytes(jsonfile.dump(value))
+    identity = Cache.open(root).identity
+    identity = replace(identity, teacher=replace(identity.teacher, name="not/here"))
+    (root / "cache.json").write_bytes(identity.to_json())
 
 
 def test_ids_and_a_note_without_a_tokenizer(damaged: Path, run: Any) -> None:

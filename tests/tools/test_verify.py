@@ -1,6 +1,7 @@
-"""Verification finds every damage there is, one line each, and nothing in a sound cache."""
+"""Verification finds every damage, names the object, and finds nothing in a sound cache."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,176 +10,326 @@ import pytest
 
 from stillroom.cache import jsonfile
 from stillroom.cache.commits import commit_path
+from stillroom.cache.errors import StorageError
+from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
+from stillroom.tools.verify import verify
+from tests.tools.small_cache import (
+    AGAIN,
+    DAMAGED,
+    GONE,
+    LIVE,
+    OTHER,
+    RETIRED,
+    UNSCORED,
+    attempt,
+    edit,
+    fill,
+    flip,
+    make_cache,
+    shard_object,
+)
 
-Damage = Callable[[Path, str], None]
-
-
-def attempt(root: Path, part: str) -> Path:
-    """Folder of a part's committed attempt."""
-    return root / "scores" / part / Cache.open(root).commit_of(part).attempt
-
-
-def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a JSON file, in canonical form."""
-    value = json.loads(path.read_bytes())
-    change(value)
-    path.write_bytes(jsonfile.dump(value))
-
-
-def flip_a_byte(root: Path, part: str) -> None:
-    path = attempt(root, part) / "shard.zarr.zip"
-    data = bytearray(path.read_bytes())
-    shard = Cache.open(root).shard(Cache.open(root).commit_of(part))
-    data[shard.manifest.arrays["topk_id"].chunks[0].offset + 5] ^= 1
-    path.write_bytes(data)
+Damage = Callable[[Path], object]
 
 
-def flip_the_metadata(root: Path, part: str) -> None:
-    path = attempt(root, part) / "shard.zarr.zip"
-    data = path.read_bytes()
-    path.write_bytes(data.replace(b'"node_type":"group"', b'"node_type":"grouq"'))
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with an object of every kind."""
+    root = tmp_path_factory.mktemp("made") / "cache"
+    fill(make_cache(root, "zarr"))
+    return root
 
 
-def truncate(root: Path, part: str) -> None:
-    path = attempt(root, part) / "shard.zarr.zip"
-    path.write_bytes(path.read_bytes()[:-100])
+@pytest.fixture(scope="module")
+def made_parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of Parquet shards."""
+    root = tmp_path_factory.mktemp("made") / "cache"
+    make_cache(root, "parquet")
+    return root
 
 
-def swap_chunks(root: Path, part: str) -> None:
-    folder = attempt(root, part)
-    data = bytearray((folder / "shard.zarr.zip").read_bytes())
-    arrays = json.loads((folder / "manifest.json").read_bytes())["arrays"]
-    (a, n, _), (b, m, _) = arrays["rollout_id"]["chunks"][0], arrays["group"]["chunks"][0]
-    assert n == m, "two chunks of one length"
-    data[a : a + n], data[b : b + n] = data[b : b + n], data[a : a + n]
-    (folder / "shard.zarr.zip").write_bytes(data)
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    """A copy of the first, to be damaged."""
+    return shutil.copytree(made, tmp_path / "cache")
 
 
-def swap_in_manifest(root: Path, part: str) -> None:
-    def change(value: dict[str, Any]) -> None:
-        arrays = value["arrays"]
-        arrays["group"], arrays["rollout_id"] = arrays["rollout_id"], arrays["group"]
-
-    rewrite(attempt(root, part) / "manifest.json", change)
+@pytest.fixture
+def parquet_root(made_parquet: Path, tmp_path: Path) -> Path:
+    """A copy of the second."""
+    return shutil.copytree(made_parquet, tmp_path / "cache")
 
 
-def drop_manifest(root: Path, part: str) -> None:
-    (attempt(root, part) / "manifest.json").unlink()
+def found(root: Path, **settings: Any) -> list[str]:
+    """Findings, one line each."""
+    report = verify(Cache.open(root), **settings)
+    assert report.errors == []
+    return [f"{finding.object}: {finding.problem}" for finding in report.findings]
 
 
-def drop_object(root: Path, part: str) -> None:
-    (attempt(root, part) / "shard.zarr.zip").unlink()
+def rollouts(root: Path, part: str = LIVE) -> Path:
+    return root / "rollouts" / f"{part}.parquet"
 
 
-def change_commit(root: Path, part: str) -> None:
-    rewrite(root / commit_path(part, 0), lambda value: value.update(teacher_s=3.5))
+def commit_file(root: Path, part: str = LIVE, n: int = 0) -> Path:
+    return root / commit_path(part, n)
 
 
-def change_row_table(root: Path, part: str) -> None:
-    rewrite(root / commit_path(part, 0), lambda value: value.update(row_table="AAAA"))
+def only(root: Path, folder: str) -> Path:
+    return sorted((root / folder).iterdir())[0]
 
 
-def break_commit(root: Path, part: str) -> None:
-    (root / commit_path(part, 0)).write_bytes(b'{"part": ')
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
 
 
-def change_rollouts(root: Path, part: str) -> None:
-    path = root / "rollouts" / f"{part}.parquet"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+def swap(one: Path, other: Path) -> None:
+    first = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(first)
 
 
-def drop_rollouts(root: Path, part: str) -> None:
-    (root / "rollouts" / f"{part}.parquet").unlink()
+def copy(one: Path, other: Path) -> None:
+    other.parent.mkdir(parents=True, exist_ok=True)
+    other.write_bytes(one.read_bytes())
 
 
-def other_student(root: Path, part: str) -> None:
-    rewrite(root / "policies" / "000000.json", lambda value: value.update(fingerprint="0" * 32))
+def copy_attempt(root: Path) -> None:
+    folder = attempt(root, LIVE)
+    shutil.copytree(folder, folder.with_name("a" * 32))
 
 
-def second_commit(root: Path, part: str) -> None:
-    first = root / commit_path(part, 0)
-    value = json.loads(first.read_bytes()) | {"n": 1}
-    first.with_name(f"{part}.1.json").write_bytes(jsonfile.dump(value))
-
-
-def break_plan(root: Path, part: str) -> None:
-    (root / "units").mkdir()
-    (root / "units" / "v000000.json").write_bytes(b'{"units":[{}]}')
+SHARD_DAMAGES: list[tuple[str, Damage, str]] = [
+    ("a flipped bit of a shard", lambda r: flip(shard_object(r, LIVE), 1000), "scores/"),
+    ("a shard cut short", lambda r: truncate(shard_object(r, LIVE)), "scores/"),
+    ("a shard emptied", lambda r: shard_object(r, LIVE).write_bytes(b""), "scores/"),
+    ("a shard gone", lambda r: shard_object(r, LIVE).unlink(), "scores/"),
+    ("two shards swapped", lambda r: swap(shard_object(r, LIVE), shard_object(r, OTHER)), "scores"),
+]  # fmt: skip
+DAMAGES: list[tuple[str, Damage, str]] = [
+    *SHARD_DAMAGES,
+    ("a shard of a retired part", lambda r: flip(shard_object(r, RETIRED), 100), "scores/"),
+    ("a manifest", lambda r: flip(attempt(r, LIVE) / "manifest.json", 50), "manifest.json"),
+    ("a manifest gone", lambda r: (attempt(r, LIVE) / "manifest.json").unlink(), "manifest.json"),
+    ("a commit", lambda r: flip(commit_file(r), 20), commit_path(LIVE, 0)),
+    ("a commit emptied", lambda r: commit_file(r).write_bytes(b""), commit_path(LIVE, 0)),
+    ("a commit gone", lambda r: commit_file(r).unlink(), commit_path(LIVE, 0)),
+    ("two commits swapped", lambda r: swap(commit_file(r), commit_file(r, OTHER)), "commits/"),
+    ("rollouts", lambda r: flip(rollouts(r), 300), f"rollouts/{LIVE}"),
+    ("rollouts gone", lambda r: rollouts(r).unlink(), f"rollouts/{LIVE}"),
+    ("rollouts to be scored", lambda r: flip(rollouts(r, UNSCORED), -9), f"rollouts/{UNSCORED}"),
+    ("two parts swapped", lambda r: swap(rollouts(r), rollouts(r, OTHER)), "rollouts/"),
+    ("a snapshot", lambda r: flip(only(r, "snapshots"), 99), "snapshots/"),
+    ("a canary", lambda r: flip(only(r, "canary"), 99), "canary/"),
+    ("a plan", lambda r: flip(r / "units/v000000.json", 9), "units/"),
+    ("a policy", lambda r: flip(r / "policies/000000.json", 9), "policies/"),
+    ("a drift record", lambda r: flip(r / "drift/run/00000007.json", 9), "drift/"),
+    ("a claim", lambda r: flip(only(r, "claims"), 9), "claims/"),
+    ("a pin", lambda r: flip(r / "pins/run.json", 9), "pins/"),
+    ("a retired mark", lambda r: flip(r / f"retired/{RETIRED}.json", 9), "retired/"),
+    ("a mark in quarantine", lambda r: flip(only(r, "quarantine"), 9), "quarantine/"),
+    ("a tombstone", lambda r: flip(only(r, "removed"), 9), "removed/"),
+    ("an unknown name", lambda r: (r / "notes.txt").write_text("x"), "notes.txt"),
+    ("a name of another program", lambda r: (r / "commits/a copy").write_text("x"), "commits/a"),
+    ("a copied commit", lambda r: copy(commit_file(r), commit_file(r, n=1)), "commits/"),
+    ("a misplaced commit", lambda r: copy(commit_file(r), r / "commits/x.0.json"), "commits/x"),
+    ("a copied part", lambda r: copy(rollouts(r), rollouts(r, "v000000-" + "9" * 16)), "rollouts/"),
+    ("a copied attempt", copy_attempt, "a" * 32),
+    ("a copied snapshot", lambda r: copy(only(r, "snapshots"), r / f"snapshots/{'b' * 32}.parquet"),
+     "b" * 32),
+    ("a copied plan", lambda r: copy(r / "units/v000000.json", r / "units/v000001.json"), "units/"),
+    ("a copied canary", lambda r: copy(only(r, "canary"), r / "canary/z.json"), "canary/z"),
+    ("a copied policy", lambda r: copy(r / "policies/000000.json", r / "policies/000001.json"),
+     "policies/000001"),
+    ("a copied mark", lambda r: copy(r / f"retired/{RETIRED}.json", r / f"retired/{OTHER}.json"),
+     f"retired/{OTHER}"),
+    ("an index beside a shard", lambda r: (attempt(r, LIVE) / "more").write_text("x"), "/more"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("damage", "objects"),
-    [
-        (flip_a_byte, {"shard.zarr.zip"}),
-        (flip_the_metadata, {"shard.zarr.zip"}),
-        (truncate, {"shard.zarr.zip"}),
-        (swap_chunks, {"shard.zarr.zip"}),
-        (swap_in_manifest, {"manifest.json"}),
-        (drop_manifest, {"manifest.json"}),
-        (drop_object, {"shard.zarr.zip"}),
-        (change_commit, {"snapshots"}),
-        (change_row_table, {"commits", "snapshots"}),
-        (break_commit, {"commits", "snapshots"}),
-        (change_rollouts, {"rollouts"}),
-        (drop_rollouts, {"rollouts"}),
-        (other_student, {"policies"}),
-        (second_commit, {"commits"}),
-        (break_plan, {"units"}),
-    ],
-    ids=lambda value: value.__name__ if callable(value) else "",
+    ("damage", "name"), [case[1:] for case in DAMAGES], ids=[case[0] for case in DAMAGES]
 )
-def test_finds(
-    damage: Damage, objects: set[str], damaged: Path, live_part: str, run: Any, tree: Any
-) -> None:
-    damage(damaged, live_part)
-    before = tree(damaged)
-    ran = run("verify", damaged)
-    assert ran.status == 1
-    assert ran.err == ""
-    *lines, summary = [line for line in ran.out.splitlines() if not line.startswith("note: ")]
-    assert lines
-    for name in objects:
-        assert any(name in line for line in lines), lines
-    assert f"{len(lines)} finding" in summary
-    assert tree(damaged) == before
+def test_damage_is_found_and_named(root: Path, damage: Damage, name: str, tree: Any) -> None:
+    damage(root)
+    before = tree(root)
+    lines = found(root)
+    assert [line for line in lines if name in line.split(": ")[0]], lines
+    assert tree(root) == before
 
 
-def test_names_both_swapped_chunks(damaged: Path, live_part: str, run: Any) -> None:
-    swap_chunks(damaged, live_part)
-    problems = [f["problem"] for f in run("verify", damaged, "--json").json()["findings"]]
-    assert any(p.startswith("rollout_id, chunk 0") for p in problems)
-    assert any(p.startswith("group, chunk 0") for p in problems)
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [case[1:] for case in SHARD_DAMAGES],
+    ids=[case[0] for case in SHARD_DAMAGES],
+)
+def test_damage_of_a_parquet_shard(parquet_root: Path, damage: Damage, name: str) -> None:
+    damage(parquet_root)
+    lines = found(parquet_root)
+    assert [line for line in lines if name in line.split(": ")[0]], lines
 
 
-def test_goes_on_after_the_first_finding(damaged: Path, live_part: str, run: Any) -> None:
-    flip_a_byte(damaged, live_part)
-    other_student(damaged, live_part)
-    objects = {
-        f["object"].split("/")[0] for f in run("verify", damaged, "--json").json()["findings"]
-    }
-    assert objects == {"scores", "policies"}
+def test_a_sound_cache_has_no_findings(made: Path, tree: Any) -> None:
+    before = tree(made)
+    for deep in (False, True):
+        report = verify(Cache.open(made), deep=deep)
+        assert (report.findings, report.errors) == ([], [])
+        assert report.checked["shards"] == 6
+        assert report.checked["commits"] == 7
+        assert report.checked["parts"] == 6
+    assert tree(made) == before
 
 
-def test_sound_cache(made_root: Path, run: Any, tree: Any) -> None:
-    before = tree(made_root)
-    ran = run("verify", made_root, "--json")
-    assert ran.status == 0
-    value = ran.json()
-    assert value["findings"] == []
-    assert value["checked"]["shards"] == 2
-    assert value["checked"]["parts"] == 4
-    assert [note["problem"].split(",")[0] for note in value["notes"]] == [
-        "quarantined; not read",
-        "an attempt that is not committed",
+def test_a_sound_parquet_cache_has_no_findings(made_parquet: Path) -> None:
+    for deep in (False, True):
+        assert found(made_parquet, deep=deep) == []
+
+
+def test_what_harms_no_reader_is_noted(made: Path) -> None:
+    notes = [f"{note.object}: {note.problem}" for note in verify(Cache.open(made)).notes]
+    expected = [
+        f"{commit_path(DAMAGED, 0)}: in quarantine as damaged",
+        f"{commit_path(GONE, 0)}: its bytes were removed by gc",
+        "policies/000000.json: its weights are not at",
+        f"scores/{UNSCORED}/{'e' * 32}: an attempt that no commit names",
     ]
-    assert tree(made_root) == before
+    assert len(notes) == len(expected)
+    assert all(a.startswith(b) for a, b in zip(notes, expected, strict=True)), notes
 
 
-def test_missing_cache_is_no_finding(tmp_path: Path, run: Any) -> None:
+def test_the_order_of_findings_is_fixed(root: Path) -> None:
+    for part in (LIVE, OTHER, RETIRED, AGAIN):
+        flip(shard_object(root, part), 500)
+    once = found(root, threads=1)
+    assert once == found(root, threads=8)
+    assert [line.split("/")[1] for line in once] == [LIVE, OTHER, RETIRED, AGAIN]
+
+
+def test_one_part_alone(root: Path) -> None:
+    flip(shard_object(root, LIVE), 500)
+    flip(only(root, "canary"), 99)
+    assert found(root, part=OTHER) == []
+    assert len(found(root, part=LIVE)) == 1
+
+
+def test_a_second_live_commit(root: Path) -> None:
+    first, second = commit_file(root), commit_file(root, n=1)
+    copy(first, second)
+    edit(second, lambda value: value.update(n=1))
+    [line] = found(root)
+    assert line == f"{commit_path(LIVE, 0)}: a second live commit besides n = 1, which readers take"
+
+
+def test_a_commit_of_another_cache(root: Path) -> None:
+    edit(commit_file(root), lambda value: value.update(identity="0" * 32))
+    lines = found(root)
+    assert any(line.startswith(f"{commit_path(LIVE, 0)}: of the identity 000") for line in lines)
+    assert not any(line.startswith("cache.json") for line in lines)
+
+
+def test_another_identity_is_the_fault_of_no_shard(root: Path) -> None:
+    edit(root / "cache.json", lambda value: value.update(temperature=0.5))
+    report = verify(Cache.open(root))
+    assert any(finding.object == "cache.json" for finding in report.findings)
+    assert all(finding.shard is None for finding in report.findings)
+
+
+def test_a_commit_changed_after_a_snapshot(root: Path) -> None:
+    edit(commit_file(root), lambda value: value.update(teacher_s=3.5))
+    lines = found(root)
+    assert lines
+    assert all(line.startswith("snapshots/") and commit_path(LIVE, 0) in line for line in lines)
+
+
+def test_bytes_that_gc_removes_meanwhile(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are there when the marks are read, and gone when the shard is."""
+    cache, removed = Cache.open(root), cache_of_gc(root)
+    get_ranges = Storage.get_ranges
+
+    def racing(self: Storage, path: str, *args: Any) -> list[bytes]:
+        if path.startswith(f"scores/{LIVE}"):
+            removed()
+        return get_ranges(self, path, *args)
+
+    monkeypatch.setattr(Storage, "get_ranges", racing)
+    report = verify(cache, part=LIVE)
+    assert report.findings == []
+    assert [note.problem for note in report.notes] == ["its bytes are being removed by gc"]
+
+
+def cache_of_gc(root: Path) -> Callable[[], None]:
+    """What gc does to a part, as another process would."""
+    from stillroom.cache.tombstones import put_tombstone
+
+    storage, path = Storage(root), shard_object(root, LIVE)
+
+    def remove() -> None:
+        put_tombstone(storage, LIVE, 0, "c" * 32)
+        path.unlink(missing_ok=True)
+
+    return remove
+
+
+def test_a_failing_storage_is_no_damage(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, get = Cache.open(root), Storage.get
+
+    def failing(self: Storage, path: str) -> bytes:
+        if path.endswith("manifest.json"):
+            raise StorageError(path, "to read it", "a timeout", "Try again.")
+        return get(self, path)
+
+    monkeypatch.setattr(Storage, "get", failing)
+    report = verify(cache, part=LIVE)
+    assert report.findings == []
+    assert [error.object.split("/")[1] for error in report.errors] == [LIVE]
+
+
+def test_the_command(root: Path, run: Any) -> None:
+    ran = run("verify", root, "--deep", "--threads", 2)
+    assert (ran.status, ran.err) == (0, "")
+    assert "no findings" in ran.out
+    flip(shard_object(root, LIVE), 500)
+    ran = run("verify", root)
+    assert (ran.status, ran.err) == (1, "")
+    assert "1 finding" in ran.out.splitlines()[-1]
+    value = run("verify", root, "--part", LIVE, "--json").json()
+    assert [finding["shard"] for finding in value["findings"]] == [[LIVE, 0]]
+    assert run("verify", root, "--part", "v000009-" + "0" * 16).status == 2
+    assert run("verify", root, "--threads", 0).status == 2
+
+
+def test_a_damaged_identity_is_an_error_that_names_it(root: Path, run: Any) -> None:
+    flip(root / "cache.json", 5)
+    ran = run("verify", root)
+    assert ran.status == 2
+    assert "cache.json" in ran.err
+
+
+def test_a_missing_cache_is_no_finding(tmp_path: Path, run: Any) -> None:
     ran = run("verify", tmp_path / "nothing")
     assert ran.status == 2
     assert ran.err.startswith("stillroom: error: ")
     assert ran.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["root", "parquet_root"])
+def test_deep_names_every_damaged_column(name: str, request: pytest.FixtureRequest) -> None:
+    root = request.getfixturevalue(name)
+    path = shard_object(root, LIVE)
+    arrays = json.loads((attempt(root, LIVE) / "manifest.json").read_bytes())["arrays"]
+    names = ("rollout_id", "tail_logprob", "group")
+    for name in names:
+        flip(path, arrays[name]["chunks"][0][0] + 2)
+    problems = [line.split(": ", 1)[1] for line in found(root, deep=True)]
+    assert problems[0].startswith("object: expected hash")
+    assert all(any(problem.startswith(name) for problem in problems) for name in names), problems
+
+
+def test_rollouts_that_are_not_those_that_were_scored(root: Path) -> None:
+    edit(commit_file(root), lambda value: value.update(rollouts_hash="0" * 32))
+    report = verify(Cache.open(root), part=LIVE, deep=True)
+    [finding] = report.findings
+    assert finding.object == f"rollouts/{LIVE}.parquet"
+    assert finding.shard is None
+    assert jsonfile.digest(rollouts(root).read_bytes()) in finding.problem

@@ -4,8 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from stillroom.cache.schema import UNUSED_ID
 from stillroom.cache.store import Cache
 from stillroom.replay.policies import policy_versions
 from stillroom.train.config import RunConfig
@@ -31,6 +33,24 @@ def flags(tmp_path: Path, teacher_dir: Path, student_dir: Path, prompts_file: Pa
         "train": [*root, *train],
         "first": ["--student", student_dir],
     }
+
+
+def test_jobs_with_a_cut_and_ids_of_the_student(flags: Any, tmp_path: Path, run: Any) -> None:
+    """What the sampler notes is scored, and a trainer reads entries that were cut."""
+    root = tmp_path / "cache"
+    kept = ["--mass", 0.5, "--extra", 3, "--extra-kind", "student"]
+    assert "8 of 262 tokens that cover 0.5 and 3 ids of" in run("init", *flags["init"], *kept).out
+    noted = [*flags["rollout"], *flags["first"], "--sampler.extra", 2]
+    for command, own in (("rollout", noted), ("score", flags["score"]), ("train", flags["train"])):
+        ran = run(command, *own)
+        assert ran.status == 0, ran.err
+    cache = Cache.open(root)
+    arrays = cache.shard(cache.commit_of(cache.parts()[0])).all_rows()
+    assert arrays["topk_count"].min() < 8
+    assert (arrays["extra_id"][:, :2] < 262).all()
+    assert (arrays["extra_id"][:, 2] == UNUSED_ID).all()
+    assert (np.diff(arrays["extra_behaviour_logprob"][:, :2]) <= 0).all(), "likeliest first"
+    assert run("verify", root, "--deep").status == 0
 
 
 def test_jobs_one_after_another(
@@ -60,6 +80,7 @@ def test_jobs_one_after_another(
     assert "policy 0 -> 1, policies/v000001-" in out
     assert policy_versions(Cache.open(root).storage) == [0, 1]
     assert (tmp_path / "out" / "tiny-000000.json").is_file()
+    assert Cache.open(root).storage.list("pins") == []
 
     out = done("refresh")
     assert "2 parts retired" in out

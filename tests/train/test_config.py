@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from stillroom.cache.errors import ConfigError, MissingError
+from stillroom.cache.teacher import ScoreSpec
 from stillroom.train.config import RunConfig, TrainConfig, build_settings, load_yaml
 
 MINIMAL = """
@@ -38,6 +39,12 @@ def test_values_and_defaults(tmp_path: Path) -> None:
     assert config.rounds == 2
 
 
+def test_what_the_teacher_keeps(tmp_path: Path) -> None:
+    text = MINIMAL + "topk: 9\nmass: 0.9\nextra: 3\nextra_kind: student\nsampler: {extra: 2}\n"
+    config: RunConfig = load_yaml(RunConfig, write(tmp_path, text))
+    assert config.score_spec == ScoreSpec(topk=9, mass=0.9, extra=3, extra_kind="student")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -54,6 +61,11 @@ def test_values_and_defaults(tmp_path: Path) -> None:
         (MINIMAL + "train: {kind: sideways}\n", "train.kind.*one of"),
         (MINIMAL + "train: {param: 0.5}\n", "train.param.*forward takes none"),
         (MINIMAL + "train: {epochs: 0}\n", "train.epochs.*above 0"),
+        (MINIMAL + "sampler: {extra: 2}\n", "sampler.extra.*at most 0.*; got 2"),
+        (
+            MINIMAL + "extra: 1\nextra_kind: student\nsampler: {extra: 2}\n",
+            "sampler.extra.*at most 1.*; got 2",
+        ),
         (MINIMAL + "sampler: {temperature: 0}\n", "sampler.temperature"),
         (MINIMAL + "prompts: {source: p, column: body}\n", "prompts.column.*one of"),
         (MINIMAL.replace("output: out", "output: cache"), "output.*another folder"),

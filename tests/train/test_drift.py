@@ -50,12 +50,19 @@ def test_no_drift_and_extreme_drift() -> None:
     assert math.isfinite(meter.take()["0"]["k3_nats"])
 
 
+def test_an_unknown_policy_has_no_lag() -> None:
+    meter = DriftMeter(policy_version=5)
+    same = -np.ones(8, np.float32)
+    meter.add(same, same, np.full(8, -1))
+    assert meter.take()["-1"]["lag"] is None
+
+
 def test_record_is_put_once(tmp_path: Path) -> None:
     """The first record of a step stays."""
     storage = Storage(tmp_path)
     put_drift(storage, "run", 7, {"0": {"ess": 1.0}})
     put_drift(storage, "run", 7, {"0": {"ess": 0.5}})
-    stored = jsonfile.load(storage.get("drift/run/00000007.json"), "x")
+    stored = jsonfile.load_sealed(storage.get("drift/run/00000007.json"), "x")
     assert stored == {"run": "run", "step": 7, "by_policy": {"0": {"ess": 1.0}}}
 
 

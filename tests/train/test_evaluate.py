@@ -54,9 +54,13 @@ def test_means_over_positions(
             if not (~inside).any():
                 p_b, q_b = p_b[:-1], q_b[:-1]
             log_ratio = np.log(p_b) - np.log(q_b)
-            rows.append(((p_b * log_ratio).sum(), -(q_b * log_ratio).sum(), tp, tq))
+            dense_kl = (p * (t[at - 1] - s[at - 1])).sum()
+            buckets_kl = (p_b * log_ratio).sum()
+            rows.append((buckets_kl, -(q_b * log_ratio).sum(), tp, tq, dense_kl - buckets_kl))
     assert measured.positions == len(rows) == snapshot.positions
     found = (measured.forward_kl_nats, measured.reverse_kl_nats)
     assert found == pytest.approx(tuple(np.mean(rows, 0)[:2]), rel=2e-3)
     tails = (measured.teacher_tail_mass, measured.student_tail_mass)
-    assert tails == pytest.approx(tuple(np.mean(rows, 0)[2:]), rel=2e-3, abs=1e-9)
+    assert tails == pytest.approx(tuple(np.mean(rows, 0)[2:4]), rel=2e-3, abs=1e-9)
+    assert measured.hidden_kl_bound_nats >= np.mean(rows, 0)[4] * 0.99 - 1e-6
+    assert (measured.hidden_kl_bound_nats > 0) == (topk == 8)

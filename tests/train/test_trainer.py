@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from stillroom.cache.errors import ConfigError, NumericsError
 from stillroom.cache.fingerprint import inspect_model
+from stillroom.cache.pins import active_pins, unpin
 from stillroom.cache.store import Cache
 from stillroom.replay.stream import ReplayConfig
 from stillroom.train.config import TrainConfig
-from stillroom.train.trainer import ReplayTrainer, check_trainable, snapshot_for
+from stillroom.train.trainer import (
+    ReplayTrainer,
+    TrainReport,
+    _behaviour,
+    check_trainable,
+    snapshot_for,
+)
 
 REPLAY = ReplayConfig(batch_rows=6, max_tokens=64, block_rows=2, window_rows=4)
 CONFIG = TrainConfig(
@@ -101,6 +110,25 @@ def test_loss_falls_and_drift_grows(cache: Cache, student_dir: Path, tmp_path: P
     assert (tmp_path / "tensorboard" / "falls").is_dir()
 
 
+def test_where_the_sampling_temperature_is_unknown_there_is_no_drift(
+    cache: Cache, student_dir: Path, tmp_path: Path
+) -> None:
+    made = trainer(cache, student_dir, tmp_path)
+    micro = next(m for m in made.stream.next_batch().micro_batches if m is not None)
+    count = micro.num_positions
+    temperature = np.where(np.arange(count) % 2, np.nan, 0.5).astype(np.float32)
+    micro = replace(
+        micro, sampling_temperature=temperature, behaviour_logprob=-np.ones(count, np.float32)
+    )
+    logits = torch.randn((count, cache.identity.vocab_size))
+    student, behaviour, _ = _behaviour(logits, micro, cache.identity.vocab_size)
+    assert np.isfinite(student).all()
+    assert np.isnan(behaviour).tolist() == np.isnan(temperature).tolist()
+    at = np.arange(count)
+    expected = (logits / 0.5).log_softmax(-1).numpy()[at, micro.sampled_id]
+    np.testing.assert_allclose(student[::2], expected[::2], rtol=1e-5)
+
+
 @pytest.mark.parametrize("stop_at", [1, 3, 4])
 def test_resume_continues_to_the_bit(
     cache: Cache, student_dir: Path, tmp_path: Path, stop_at: int
@@ -162,6 +190,22 @@ def test_untrainable_settings() -> None:
     with pytest.raises(ConfigError, match=r"train\.schedule"):
         check_trainable(replace(CONFIG, schedule="foo"))
     check_trainable(CONFIG)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"checkpoint_every_steps": 1, "drift_every_steps": 100}, {"drift_every_steps": 1}]
+)
+def test_a_run_pins_what_it_trains_on(
+    make_cache: Callable[..., Cache], student_dir: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Before it opens it, and again at every checkpoint and drift record."""
+    cache = make_cache(tmp_path / "root")
+    chosen = snapshot_for(cache, tmp_path, "r").id
+    assert active_pins(cache.storage)["r"].snapshots == [chosen]
+    made = trainer(cache, student_dir, tmp_path, replace(CONFIG, **changes))
+    unpin(cache.storage, "r")
+    made._take_step(made.stream.next_batch(), TrainReport())
+    assert active_pins(cache.storage)["r"].snapshots == [chosen]
 
 
 def test_a_stopped_run_goes_on_with_its_snapshot(

@@ -1,0 +1,190 @@
+"""Claims: which parts are being scored at the moment, and by whom.
+
+They save work and nothing else: any number of scorers may score the same part, and one commit wins.
+A claim is live while its object is renewed. It is dead once it was not renewed for a minute by the
+storage's clock, and at once when it belongs to a process of this machine that is gone. Scorers
+overwrite claims and delete none.
+"""
+
+import os
+import socket
+import sys
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from stillroom.cache import jsonfile
+from stillroom.cache.clock import StoreClock
+from stillroom.cache.errors import CorruptError, MissingError, StorageError
+from stillroom.cache.storage import Storage
+
+FOLDER = "claims"
+RENEW_EVERY_S = 10.0
+DEAD_AFTER_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """Who scores a part."""
+
+    part: str
+    worker: str
+    """Random id of one run of the score job."""
+    host: str
+    machine: str
+    """Boot and process namespace: processes of equal machines see one another."""
+    pid: int
+    process_start: int
+    """When the process started, in the machine's own ticks; 0 where that is not known."""
+    working: bool
+    """False once the worker has let go of the part."""
+
+
+def claim_path(part: str) -> str:
+    """Object of a part's claim."""
+    return f"{FOLDER}/{part}.json"
+
+
+class Claims:
+    """The claims of one worker.
+
+    Args:
+        storage: the cache's storage.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        """Draw the worker's id; nothing is written."""
+        self._storage = storage
+        self._clock = StoreClock(storage)
+        self._warned = False
+        self.worker = uuid.uuid4().hex
+
+    def in_own_order(self, parts: Iterable[str]) -> list[str]:
+        """Parts in an order of this worker's own, so that workers seldom want the same."""
+        return sorted(parts, key=lambda part: jsonfile.digest(f"{self.worker} {part}".encode()))
+
+    def take(self, part: str) -> bool:
+        """Claim a part, unless another worker's claim is live.
+
+        Two workers that take over a dead claim at the same moment may both get the part, and so
+        may those who cannot write claims, which is printed once.
+        """
+        try:
+            return self._take(part)
+        except StorageError as error:
+            self._warn(part, error)
+            return True
+
+    def _take(self, part: str) -> bool:
+        if self._storage.put_new(claim_path(part), self._mine(part)):
+            return True
+        claim = self._read(part)
+        if claim is not None and claim.worker == self.worker:
+            return True
+        if self._is_live(part, claim):
+            return False
+        self._storage.put(claim_path(part), self._mine(part))
+        claim = self._read(part)
+        return claim is not None and claim.worker == self.worker
+
+    @contextmanager
+    def renewed(self, part: str) -> Iterator[None]:
+        """Renew a claim that was taken for as long as the block runs, then let go of the part.
+
+        Trouble with the claim never fails the block: it is printed, once.
+        """
+        stop = threading.Event()
+        thread = threading.Thread(target=self._renew, args=(part, stop), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            self._put(part, working=False)
+
+    def _renew(self, part: str, stop: threading.Event) -> None:
+        while not stop.wait(RENEW_EVERY_S):
+            self._put(part)
+
+    def _put(self, part: str, *, working: bool = True) -> None:
+        try:
+            self._storage.put(claim_path(part), self._mine(part, working=working))
+        except StorageError as error:
+            self._warn(part, error)
+
+    def _warn(self, part: str, error: StorageError) -> None:
+        if not self._warned:
+            print(f"  warning: others may score {part} too: {error}", file=sys.stderr, flush=True)
+        self._warned = True
+
+    def _mine(self, part: str, *, working: bool = True) -> bytes:
+        claim = replace(_this_process(), part=part, worker=self.worker, working=working)
+        return jsonfile.dump_sealed(asdict(claim))
+
+    def _is_live(self, part: str, claim: Claim | None) -> bool:
+        if claim is not None and not (claim.working and may_run(claim)):
+            return False
+        entry = self._storage.entry(claim_path(part))
+        return entry is not None and self._clock.now() - entry.modified < DEAD_AFTER_S
+
+    def _read(self, part: str) -> Claim | None:
+        """The claim; None where there is none or it cannot be understood: then its age decides."""
+        path = claim_path(part)
+        try:
+            value = jsonfile.load_sealed(self._storage.get(path), path)
+            claim: Claim = jsonfile.build(Claim, value, path)
+        except (CorruptError, MissingError):
+            return None
+        return claim
+
+
+def may_run(claim: Claim) -> bool:
+    """Whether the claim's process may be running: always, if it is not of this machine."""
+    here = _this_process()
+    if (claim.host, claim.machine) != (here.host, here.machine):
+        return True
+    try:
+        os.kill(claim.pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    start = _process_start(claim.pid)
+    return start is None or start == claim.process_start
+
+
+def _process_start(pid: int) -> int | None:
+    """Start of a process in ticks since boot; -1 if it ended, None if this system does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return -1 if fields[0] in "ZX" else int(fields[19])
+
+
+def _this_process() -> Claim:
+    """A claim of nothing by this process."""
+    pid = os.getpid()
+    return Claim(
+        part="",
+        worker="",
+        host=socket.gethostname(),
+        machine=_machine(),
+        pid=pid,
+        process_start=_process_start(pid) or 0,
+        working=True,
+    )
+
+
+@cache
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""

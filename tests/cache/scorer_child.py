@@ -1,0 +1,50 @@
+"""A scorer in a process of its own: run as `python -m tests.cache.scorer_child ROOT GATE`.
+
+Says "ready", waits for a line, scores what is not scored, and prints what it scored and lost as
+JSON. Its teacher answers for a part only once the file GATE exists.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from stillroom.cache import claims
+from stillroom.cache.score import score
+from stillroom.cache.store import Cache
+from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec
+from tests.cache.crash_child import no_fsync
+from tests.cache.fakes import FakeTeacher
+
+RENEW_EVERY_S = 0.02
+
+
+class GatedTeacher(FakeTeacher):
+    """A teacher that waits for a file, but not for the canary."""
+
+    def __init__(self, gate: str) -> None:
+        """Draw the table."""
+        super().__init__()
+        self.gate, self.calls = gate, 0
+
+    def score(self, rows: Sequence[ScoreRow], spec: ScoreSpec) -> Iterator[tuple[int, RowScores]]:
+        """See `teacher.Teacher`."""
+        self.calls += 1
+        while self.calls > 1 and not os.path.exists(self.gate):
+            time.sleep(0.005)
+        yield from super().score(rows, spec)
+
+
+def main(root: str, gate: str) -> None:
+    """Score a cache."""
+    claims.RENEW_EVERY_S, os.fsync = RENEW_EVERY_S, no_fsync
+    cache, teacher = Cache.open(root), GatedTeacher(gate)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    report = score(cache, teacher)
+    print(json.dumps({"scored": report.scored, "lost": report.lost}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,192 @@
+"""Several scorers at once, in processes of their own: no part is left, and few are scored twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillroom.cache import jsonfile
+from stillroom.cache.claims import claim_path
+from stillroom.cache.score import LOOK_EVERY_S, score
+from stillroom.cache.store import Cache
+from tests.cache.fakes import FakeTeacher, make_meta, random_rollouts
+
+ROOT = Path(__file__).resolve().parents[2]
+Start = Callable[[int], list[subprocess.Popen[str]]]
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """While this file is missing, teachers in other processes hang."""
+    return tmp_path / "gate"
+
+
+@pytest.fixture
+def start(root: Path, gate: Path) -> Iterator[Start]:
+    """Starts scorers in processes of their own; they score at once."""
+    with ExitStack() as stack:
+
+        def start_some(number: int) -> list[subprocess.Popen[str]]:
+            command = [sys.executable, "-m", "tests.cache.scorer_child", str(root), str(gate)]
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            started = [
+                stack.enter_context(subprocess.Popen(command, cwd=ROOT, text=True, **pipes))
+                for _ in range(number)
+            ]
+            for process in started:
+                stack.callback(process.kill)
+                assert process.stdout is not None
+                assert process.stdout.readline() == "ready\n"
+            for process in started:
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+            return started
+
+        yield start_some
+
+
+def add_parts(cache: Cache, number: int) -> list[str]:
+    """Add tiny parts; their names."""
+    for i in range(number):
+        assert cache.add_part(random_rollouts(i, 1), make_meta(i))
+    return [make_meta(i).name for i in range(number)]
+
+
+def ended(process: subprocess.Popen[str]) -> dict[str, list[str]]:
+    """What a scorer says in the end."""
+    assert process.stdout is not None
+    report: dict[str, list[str]] = json.loads(process.stdout.readline())
+    assert process.wait(timeout=60) == 0
+    return report
+
+
+def wait_for(true: Callable[[], object]) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def attempts_of(cache: Cache) -> int:
+    """Attempts, committed or not."""
+    return len({entry.path.split("/")[2] for entry in cache.storage.list("scores")})
+
+
+def test_live_workers_score_hardly_anything_twice(cache: Cache, gate: Path, start: Start) -> None:
+    parts = add_parts(cache, 120)
+    gate.touch()
+    reports = [ended(process) for process in start(2)]
+    scored = [part for report in reports for part in report["scored"]]
+    assert sorted(scored) == parts, "each once"
+    assert cache.unscored() == []
+    assert all(len(report["scored"]) > len(parts) / 10 for report in reports), "both worked"
+    twice = sum(len(report["lost"]) for report in reports)
+    assert attempts_of(cache) == len(parts) + twice
+    assert twice < 0.01 * len(parts)
+
+
+def test_a_scorer_that_is_killed_is_replaced_at_once(
+    cache: Cache, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds a part and renews its claim when it is killed; the next does not wait for it."""
+    parts = add_parts(cache, 3)
+    (process,) = start(1)
+    claims: list[Any] = []
+
+    def renewed() -> bool:
+        found = [(entry.path, entry.modified) for entry in cache.storage.list("claims")]
+        claims.extend(claim for claim in found if claim not in claims)
+        return len(claims) >= 3
+
+    wait_for(renewed)
+    assert len({path for path, _ in claims}) == 1
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited"))
+    report = score(cache, FakeTeacher())
+    assert sorted(report.scored) == parts
+    assert report.lost == []
+
+
+def test_a_scorer_waits_for_what_others_do(
+    cache: Cache,
+    gate: Path,
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parts = add_parts(cache, 3)
+    (process,) = start(1)
+    wait_for(lambda: cache.storage.list("claims"))
+    sleep = time.sleep
+    looked: list[float] = []
+
+    def sleep_then_open(seconds: float) -> None:
+        looked.append(seconds)
+        if len(looked) == 3:
+            gate.touch()
+        sleep(0.05)
+
+    monkeypatch.setattr(time, "sleep", sleep_then_open)
+    report = score(cache, FakeTeacher())
+    monkeypatch.undo()
+    assert cache.unscored() == []
+    theirs = ended(process)
+    assert len(theirs["scored"]) == 1
+    assert sorted([*report.scored, *theirs["scored"]]) == parts
+    assert report.lost == theirs["lost"] == []
+    assert len(looked) >= 3
+    assert set(looked) == {LOOK_EVERY_S}
+    said = capsys.readouterr().err
+    assert said.count("waiting for parts that other scorers have claimed: 1, such as") == 1
+
+
+def test_a_scorer_takes_over_what_another_lets_die(
+    cache: Cache, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = add_parts(cache, 2)
+    (process,) = start(1)
+    wait_for(lambda: cache.storage.list("claims"))
+
+    def kill(_: float) -> None:
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+    monkeypatch.setattr(time, "sleep", kill)
+    assert sorted(score(cache, FakeTeacher()).scored) == parts
+
+
+def test_scorers_delete_nothing(cache: Cache, gate: Path, start: Start, root: Path) -> None:
+    (part,) = add_parts(cache, 1)
+    gate.touch()
+    ended(start(1)[0])
+    value = jsonfile.load_sealed(cache.storage.get(claim_path(part)), "claim")
+    assert value["part"] == part
+    assert value["working"] is False
+    cache.quarantine(part, "again", damaged=False)
+    before = {path for path in root.rglob("*") if path.is_file()}
+    assert score(cache, FakeTeacher()).scored == [part]
+    assert before < {path for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_part_that_is_retired_meanwhile_is_left(cache: Cache) -> None:
+    parts = add_parts(cache, 3)
+
+    class Retiring(FakeTeacher):
+        def score(self, rows: Any, spec: Any) -> Any:
+            for part in parts:
+                cache.retire(part, "too old")
+            yield from super().score(rows, spec)
+
+    assert score(cache, Retiring()).scored == []

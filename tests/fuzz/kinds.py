@@ -1,0 +1,57 @@
+"""Every kind of file that Stillroom reads: small samples of it, what a hostile writer makes of
+damaged bytes, and everything that reads it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from stillroom.cache.errors import StillroomError
+from tests.fuzz import marks, outside, rollouts, shards
+from tests.fuzz.mutate import Mutation
+
+Forge = Callable[[bytes], Iterator[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of file.
+
+    Args:
+        samples: valid files.
+        read: reads a file; any error but a `StillroomError` is a finding.
+        forge: the files that a hostile writer makes of damaged bytes.
+        mutate: changes a sample.
+    """
+
+    samples: Callable[[], list[bytes]]
+    read: Callable[[bytes], object]
+    mutate: Mutation
+    forge: Forge | None = None
+
+
+KINDS: dict[str, Kind] = {
+    name: Kind(*parts)
+    for module in (marks, rollouts, shards, outside)
+    for name, parts in module.KINDS.items()
+}
+
+
+def fuzz_one(kind: str, data: bytes) -> None:
+    """Read bytes as a kind of file, as they are and as a hostile writer would hash them.
+
+    Whatever this raises is a finding: also memory that ran out, though a reader made an error of
+    its own of that.
+    """
+    one = KINDS[kind]
+    for form in (data, *(one.forge(data) if one.forge else ())):
+        try:
+            one.read(form)
+        except StillroomError as error:
+            _refuse_memory(error)
+
+
+def _refuse_memory(error: BaseException) -> None:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError):
+            raise cause
+        cause = cause.__cause__ or cause.__context__

@@ -1,0 +1,150 @@
+"""Scorers killed at random moments while others score, repair and collect rubbish: each part is
+wholly there or not there, nothing committed is lost, and one more run does the rest."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from stillroom.cache.commits import read_commit
+from stillroom.cache.schema import Arrays
+from stillroom.cache.score import score
+from stillroom.cache.store import Cache
+from tests.cache.fakes import FakeTeacher, make_identity, make_meta, random_rollouts, same_bits
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = 5
+NAMES = [make_meta(number).name for number in range(PARTS)]
+KILLS_A_ROOT = 8
+LONGEST_S = 0.12
+
+
+class Children:
+    """Processes that are forked on demand and killed by their pids."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def start(self, task: str, root: Path) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{task} {root}\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def kill(self, pid: int) -> bool:
+        """Whether it was still at work."""
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            while Path(f"/proc/{pid}").exists():
+                time.sleep(0.001)
+            return True
+        return False
+
+
+@pytest.fixture(scope="module")
+def children() -> Iterator[Children]:
+    command = [sys.executable, "-m", "tests.integration.race_child"]
+    with subprocess.Popen(
+        command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        yield Children(process)
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=30) == 0
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of parts that are to be scored, with its canary."""
+    root = tmp_path_factory.mktemp("start")
+    cache = Cache.create(root, make_identity())
+    cache.add_part(random_rollouts(0, 3), make_meta(0))
+    score(cache, FakeTeacher())
+    for number in range(1, PARTS):
+        cache.add_part(random_rollouts(number, 3), make_meta(number))
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(start: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Arrays]:
+    """What each part's shard holds."""
+    root = Path(shutil.copytree(start, tmp_path_factory.mktemp("expected") / "root"))
+    cache = Cache.open(root)
+    score(cache, FakeTeacher())
+    return {part: cache.read(part) for part in NAMES}
+
+
+def check(root: Path, expected: dict[str, Arrays], before: dict[str, bytes]) -> dict[str, bytes]:
+    """Everything committed is whole and true; the commits."""
+    cache = Cache.open(root)
+    commits = {path.name: path.read_bytes() for path in root.glob("commits/*/*")}
+    assert commits.items() >= before.items(), "a commit is gone, or another"
+    assert not list(root.glob("quarantine/*")), "nothing was damaged"
+    assert sorted(cache.commits()) == sorted(name.rsplit(".", 2)[0] for name in commits)
+    for part in cache.commits():
+        found = cache.read(part)
+        assert all(same_bits(found[name], array) for name, array in expected[part].items())
+    return commits
+
+
+def race(children: Children, root: Path, expected: dict[str, Arrays], rng: random.Random) -> int:
+    """Kill scorers, and now and then the others, until enough died; how many did."""
+    others = {task: children.start(task, root) for task in ("clean", "mend")}
+    commits: dict[str, bytes] = {}
+    kills = rounds = 0
+    while kills < KILLS_A_ROOT and rounds < 4 * KILLS_A_ROOT:
+        rounds += 1
+        scorers = [children.start("score", root) for _ in range(2)]
+        time.sleep(rng.uniform(0, LONGEST_S))
+        kills += sum(children.kill(pid) for pid in rng.sample(scorers, 2))
+        if rng.random() < 0.2:
+            task = rng.choice(list(others))
+            assert children.kill(others[task]), f"{task} ended by itself"
+            others[task] = children.start(task, root)
+            kills += 1
+        commits = check(root, expected, commits)
+    cache = Cache.open(root)
+    report = score(cache, FakeTeacher())
+    assert sorted(report.scored) == sorted(set(NAMES) - {n.rsplit(".", 2)[0] for n in commits})
+    for task, pid in others.items():
+        assert children.kill(pid), f"{task} ended by itself"
+    check(root, expected, commits)
+    assert sorted(cache.commits()) == NAMES
+    assert len(read_commit(cache.storage, f"commits/v000000/{NAMES[0]}.0.json").attempt) == 32
+    return kills
+
+
+def kill_many(
+    children: Children, start: Path, expected: dict[str, Arrays], folder: Path, kills: int
+) -> None:
+    rng, killed, roots = random.Random(kills), 0, 0
+    while killed < kills:
+        root = Path(shutil.copytree(start, folder / str(roots)))
+        killed += race(children, root, expected, rng)
+        shutil.rmtree(root)
+        roots += 1
+        assert roots < kills
+
+
+@pytest.mark.dist
+def test_hundreds_of_kills(
+    children: Children, start: Path, expected: dict[str, Arrays], tmp_path: Path
+) -> None:
+    kill_many(children, start, expected, tmp_path, 200)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_thousands_of_kills(
+    children: Children, start: Path, expected: dict[str, Arrays], tmp_path: Path
+) -> None:
+    kill_many(children, start, expected, tmp_path, 2000)

@@ -1,0 +1,162 @@
+"""Records as other systems write them become rows, checked on one of each kind."""
+
+from typing import Any
+
+import pytest
+
+from stillroom.tools.layouts import LAYOUTS
+
+VERL = {
+    "prompt_ids": [1, 2],
+    "response_ids": [3, 4, 9, 5],
+    "response_mask": [1, 1, 0, 1],
+    "response_logprobs": [-0.5, -0.25, 0.0, -1.0],
+    "num_turns": 4,
+    "metrics": {"generate_sequences": 0.5, "tool_calls": 0.1},
+    "extra_fields": {},
+}
+VERL_BATCH = {
+    "prompts": [0, 0, 1, 2],
+    "responses": [3, 4, 9, 5, 0],
+    "response_mask": [1, 1, 0, 1, 0],
+    "input_ids": [0, 0, 1, 2, 3, 4, 9, 5, 0],
+    "attention_mask": [0, 0, 1, 1, 1, 1, 1, 1, 0],
+    "position_ids": [0, 0, 0, 1, 2, 3, 4, 5, 6],
+    "rollout_log_probs": [-0.5, -0.25, 0.0, -1.0, 0.0],
+    "uid": "5e1f",
+}
+TRL = {
+    "prompt_ids": [1, 2],
+    "completion_ids": [3, 4, 9, 5],
+    "logprobs": [-0.5, -0.25, 0.0, -1.0],
+    "env_mask": [1, 1, 0, 1],
+    "reward": 1.0,
+}
+SGLANG: dict[str, Any] = {
+    "input_ids": [1, 2],
+    "text": "ab",
+    "output_ids": [3, 4, 7],
+    "meta_info": {
+        "id": "c0ffee",
+        "finish_reason": {"type": "stop", "matched": 7},
+        "prompt_tokens": 2,
+        "completion_tokens": 3,
+        "output_token_logprobs": [[-0.5, 3, None], [-0.25, 4, None], [-1.0, 7, None]],
+        "weight_version": "default",
+    },
+}
+VLLM: dict[str, Any] = {
+    "request_id": "0",
+    "prompt": "hi",
+    "prompt_token_ids": [1, 2],
+    "prompt_logprobs": None,
+    "outputs": [
+        {
+            "index": 0,
+            "text": "ab",
+            "token_ids": [3, 7],
+            "cumulative_logprob": -1.5,
+            "logprobs": [
+                {"3": {"logprob": -0.5, "rank": 1, "decoded_token": "a"}},
+                {"8": {"logprob": -0.1, "rank": 1}, "7": {"logprob": -1.0, "rank": 2}},
+            ],
+            "finish_reason": "stop",
+            "stop_reason": None,
+        },
+        {
+            "index": 1,
+            "text": "abc",
+            "token_ids": [3, 4, 5],
+            "cumulative_logprob": None,
+            "logprobs": None,
+            "finish_reason": "length",
+            "stop_reason": None,
+        },
+    ],
+    "finished": True,
+}
+TURNS = {
+    "prompt": [1, 2],
+    "completion": [3, 4, 9, 5],
+    "scored": [1, 1, 0, 1],
+    "behaviour_logprob": [-0.5, -0.25, 0.0, -1.0],
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "record", "rows"),
+    [
+        ("verl", VERL, [TURNS]),
+        ("verl-batch", VERL_BATCH, [TURNS | {"group": "5e1f"}]),
+        ("trl", TRL, [TURNS]),
+        (
+            "sglang",
+            SGLANG,
+            [
+                {
+                    "prompt": [1, 2],
+                    "completion": [3, 4, 7],
+                    "behaviour_logprob": [-0.5, -0.25, -1.0],
+                    "finish_reason": "stop",
+                    "ends_with_stop": True,
+                }
+            ],
+        ),
+        (
+            "vllm",
+            VLLM,
+            [
+                {
+                    "prompt": [1, 2],
+                    "completion": [3, 7],
+                    "behaviour_logprob": [-0.5, -1.0],
+                    "finish_reason": "stop",
+                    "ends_with_stop": True,
+                },
+                {
+                    "prompt": [1, 2],
+                    "completion": [3, 4, 5],
+                    "behaviour_logprob": None,
+                    "finish_reason": "length",
+                    "ends_with_stop": False,
+                },
+            ],
+        ),
+    ],
+)
+def test_a_record_becomes_rows(
+    layout: str, record: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    assert LAYOUTS[layout](record) == rows
+
+
+def test_what_is_not_written_is_left_open() -> None:
+    bare = {name: VERL_BATCH[name] for name in ("prompts", "responses", "attention_mask")}
+    (row,) = LAYOUTS["verl-batch"](bare)
+    assert {n for n, v in row.items() if v is None} == {"scored", "behaviour_logprob", "group"}
+    (row,) = LAYOUTS["trl"]({"prompt_ids": [1], "completion_ids": [2]})
+    assert (row["scored"], row["behaviour_logprob"]) == (None, None)
+
+
+def test_sglang_without_ids_or_without_logprobs() -> None:
+    (row,) = LAYOUTS["sglang"]({name: SGLANG[name] for name in ("input_ids", "meta_info")})
+    assert row["completion"] == [3, 4, 7]
+    reason = {"type": "length", "length": 3}
+    (row,) = LAYOUTS["sglang"](SGLANG | {"meta_info": {"finish_reason": reason}})
+    assert (row["behaviour_logprob"], row["finish_reason"]) == (None, "length")
+    assert not row["ends_with_stop"]
+
+
+def test_a_stop_string_is_no_stop_token() -> None:
+    output = VLLM["outputs"][0] | {"stop_reason": "\n\n"}
+    (row,) = LAYOUTS["vllm"](VLLM | {"outputs": [output]})
+    assert (row["finish_reason"], row["ends_with_stop"]) == ("stop", False)
+    meta = SGLANG["meta_info"] | {"finish_reason": {"type": "stop", "matched": "\n\n"}}
+    (row,) = LAYOUTS["sglang"](SGLANG | {"meta_info": meta})
+    assert not row["ends_with_stop"]
+
+
+def test_ids_of_python_are_found_like_those_of_json() -> None:
+    output = {"token_ids": (3,), "logprobs": [{3: {"logprob": -0.5}}]}
+    (row,) = LAYOUTS["vllm"]({"prompt_token_ids": [1], "outputs": [output]})
+    assert row["behaviour_logprob"] == [-0.5]

@@ -1,0 +1,142 @@
+"""The small files of a cache verified: each must be what its name says, and say nothing else."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stillroom.cache import jsonfile
+from stillroom.cache.canary import KEPT, canary_rows
+from stillroom.cache.claims import Claim, claim_path
+from stillroom.cache.entry import SAFE_PATH
+from stillroom.cache.errors import CorruptError, MissingError
+from stillroom.cache.pins import read_pin
+from stillroom.cache.store import Cache
+from stillroom.cache.tombstones import FILE as TOMBSTONE
+from stillroom.replay.cycle import Cycle
+from stillroom.replay.policies import open_policy, policy_path, read_policy
+from stillroom.tools.findings import RESTORE, Report
+
+FIELDS = {
+    "retired": {"part": str, "reason": str},
+    "removed": {"part": str, "n": int, "collector": str},
+    "drift": {"run": str, "step": int, "by_policy": dict},
+}
+
+
+def verify_file(cache: Cache, kind: str, path: str, report: Report) -> None:
+    """Verify one small file.
+
+    Args:
+        cache: the cache.
+        kind: as `object_names` tells it from the path.
+        path: the file.
+        report: takes what is found.
+    """
+    report.count(kind)
+    with report.watch(path), suppress(MissingError):  # claims and pins go; nothing else does
+        CHECKS[kind](cache, path)
+        if kind == "policies":
+            _check_weights(cache, path, report)
+
+
+def _check_canary(cache: Cache, path: str) -> None:
+    value = _read(cache, path)
+    keys = {"topk_id", "topk_logprob", "sampled_logprob", "order"}
+    _require(value.keys() == keys, path, f"the fields {sorted(keys)}", f"{sorted(value)}"[:200])
+    identity = cache.identity
+    rows = canary_rows(identity.vocab_size, identity.max_length)
+    positions = sum(len(row.targets) for row in rows)
+    shape = (positions, min(KEPT, identity.topk))
+    ids = np.array(value["topk_id"])
+    logprob, sampled = (np.array(value[n], float) for n in ("topk_logprob", "sampled_logprob"))
+    found = (ids.shape, logprob.shape, sampled.shape)
+    _require(found == (shape, shape, shape[:1]), path, f"scores of {shape}", f"{found}")
+    fits = ids.dtype.kind == "i" and ids.min(initial=0) >= 0
+    fits = fits and ids.max(initial=0) < identity.vocab_size
+    _require(bool(fits), path, f"ids below {identity.vocab_size}", "others")
+    above = max(logprob.max(initial=-1), sampled.max(initial=-1)) > 0
+    _require(not above, path, "logprobs of at most 0", "more")
+
+
+def _check_plan(cache: Cache, path: str) -> None:
+    where = cache.storage.describe(path)
+    Cycle.from_json(cache.storage.get(path), where)
+
+
+def _check_claim(cache: Cache, path: str) -> None:
+    claim: Claim = jsonfile.build(Claim, _read(cache, path), cache.storage.describe(path))
+    _require(claim_path(claim.part) == path, path, "the claim of its name", claim.part)
+
+
+def _check_pin(cache: Cache, path: str) -> None:
+    read_pin(cache.storage, path)
+
+
+def _check_retired(cache: Cache, path: str) -> None:
+    value = _fields(cache, path, "retired")
+    _require(f"retired/{value['part']}.json" == path, path, "the part of its name", value["part"])
+
+
+def _check_removed(cache: Cache, path: str) -> None:
+    value = _fields(cache, path, "removed")
+    named = f"removed/{value['part']}.{value['n']}.{value['collector']}.json"
+    same = named == path and TOMBSTONE.fullmatch(path.removeprefix("removed/")) is not None
+    _require(same, path, "the commit of its name", named)
+
+
+def _check_drift(cache: Cache, path: str) -> None:
+    value = _fields(cache, path, "drift")
+    named = f"drift/{value['run']}/{value['step']:08d}.json"
+    _require(named == path, path, "the run and step of its name", named)
+
+
+def _check_policy(cache: Cache, path: str) -> None:
+    version = int(path.removeprefix("policies/").removesuffix(".json"))
+    policy = read_policy(cache.storage, version)
+    _require(policy.version == version, path, f"policy {version}", f"{policy.version}")
+    own = Path(policy.path).is_absolute() or SAFE_PATH.fullmatch(policy.path) is not None
+    _require(own, path, "weights below the root, or an absolute path", policy.path)
+
+
+def _check_weights(cache: Cache, path: str, report: Report) -> None:
+    """Weights elsewhere may be on another machine; those below the root are the cache's own."""
+    version = int(path.removeprefix("policies/").removesuffix(".json"))
+    folder = read_policy(cache.storage, version).path
+    try:
+        open_policy(cache.storage, version)
+    except MissingError as error:
+        if not Path(folder).is_absolute():
+            raise CorruptError(path, error.expected, error.got, error.do) from error
+        report.note(policy_path(version), f"its weights are not at {folder} on this machine")
+
+
+CHECKS: dict[str, Callable[[Cache, str], None]] = {
+    "canary": _check_canary,
+    "units": _check_plan,
+    "claims": _check_claim,
+    "pins": _check_pin,
+    "retired": _check_retired,
+    "removed": _check_removed,
+    "drift": _check_drift,
+    "policies": _check_policy,
+}
+"""By kind; the other kinds are verified with what they belong to."""
+
+
+def _read(cache: Cache, path: str) -> dict[str, Any]:
+    return jsonfile.load_sealed(cache.storage.get(path), cache.storage.describe(path))
+
+
+def _fields(cache: Cache, path: str, kind: str) -> dict[str, Any]:
+    value = _read(cache, path)
+    found = {name: type(entry) for name, entry in value.items()}
+    _require(found == FIELDS[kind], path, f"the fields {FIELDS[kind]}", f"{found}"[:200])
+    return value
+
+
+def _require(holds: bool, where: str, expected: str, got: str) -> None:
+    if not holds:
+        raise CorruptError(where, expected, got, RESTORE)

@@ -1,0 +1,166 @@
+"""One part verified: its rollouts, its commits, and the shards that they name."""
+
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from stillroom.cache.check_rollouts import check_rows
+from stillroom.cache.commits import Commit, commit_path, read_commit
+from stillroom.cache.errors import MissingError, StillroomError
+from stillroom.cache.quarantine import damaged_commits, list_quarantine, quarantine_path
+from stillroom.cache.store import Cache
+from stillroom.cache.tombstones import removed_commits
+from stillroom.tools.findings import Finding, Report, ShardName
+from stillroom.tools.object_names import rollouts_path
+from stillroom.tools.verify_shard import Rollouts, verify_shard
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What says that commits or parts are out of use."""
+
+    aside: Collection[ShardName]
+    """Commits in quarantine, for whatever reason."""
+    damaged: Collection[ShardName]
+    """Those that were found bad."""
+    removed: Collection[ShardName]
+    """Commits whose bytes `gc` removed."""
+    retired: Collection[str]
+    """Parts."""
+
+
+@dataclass(slots=True)
+class PartReport(Report):
+    """What verification of a part found."""
+
+    commits: dict[ShardName, Commit] = field(default_factory=dict)
+    """Its commits that can be read."""
+    attempts: set[tuple[str, str]] = field(default_factory=set)
+    """Part and attempt of every commit that can be read, in quarantine too."""
+    foreign: int = 0
+    """Commits of another identity."""
+
+    def add_part(self, other: "PartReport") -> None:
+        """Take over what was found in another part."""
+        self.add(other)
+        self.commits |= other.commits
+        self.attempts |= other.attempts
+        self.foreign += other.foreign
+
+
+def read_marks(cache: Cache, report: Report) -> Marks:
+    """List the marks. List commits first: what is quarantined later shows here."""
+    aside = list_quarantine(cache.storage)
+    damaged = set()
+    for name in aside:
+        with report.watch(quarantine_path(*name)):
+            damaged |= damaged_commits(cache.storage, {name})
+    return Marks(aside.keys(), damaged, removed_commits(cache.storage), cache.retired())
+
+
+def verify_part(
+    cache: Cache, part: str, numbers: Collection[int], marks: Marks, *, deep: bool
+) -> PartReport:
+    """Verify a part.
+
+    Args:
+        cache: the cache.
+        part: its name.
+        numbers: every n of which there is a commit.
+        marks: what is out of use.
+        deep: decode everything.
+    """
+    report = PartReport()
+    found = _rollouts(cache, part, report)
+    for n in sorted(numbers):
+        name, path = (part, n), commit_path(part, n)
+        if name in marks.damaged:
+            report.note(path, "in quarantine as damaged; not verified")
+            with suppress(StillroomError):
+                report.attempts.add((part, read_commit(cache.storage, path).attempt))
+            continue
+        report.count("commits")
+        with report.watch(path, name):
+            commit = read_commit(cache.storage, path)
+            report.attempts.add((part, commit.attempt))
+            if commit.identity == cache.identity.digest():
+                report.commits[name] = commit
+            else:
+                report.foreign += 1
+                problem = f"of the identity {commit.identity}, not of this cache's"
+                report.find(path, problem, "Score the part again.", name)
+    _check_live(part, numbers, marks, report)
+    for name, commit in report.commits.items():
+        own = _of_commit(commit, found, report)
+        if name in marks.removed:
+            report.note(commit_path(*name), "its bytes were removed by gc")
+        else:
+            _verify_shard(cache, commit, own, marks, report, deep=deep)
+    if found is not None and not report.commits:
+        _check_rows(cache, part, found, report)
+    return report
+
+
+def _rollouts(cache: Cache, part: str, report: Report) -> Rollouts | None:
+    path = rollouts_path(part)
+    with report.watch(path):
+        try:
+            found = Rollouts(*cache.read_part(part))
+        except MissingError:
+            if not cache.storage.exists(f"retired/{part}.json"):
+                do = "Its scores can be used; to score it again, restore the rollouts."
+                report.find(path, "is not there, but the part has a commit", do)
+            return None
+        report.count("parts")
+        report.add_bytes(cache.storage.size(path) or 0)
+        return found
+    return None
+
+
+def _check_live(part: str, numbers: Collection[int], marks: Marks, report: Report) -> None:
+    live = sorted(n for n in numbers if (part, n) not in marks.aside)
+    for n in live[:-1]:
+        problem = f"a second live commit besides n = {live[-1]}, which readers take"
+        do = "Put it into quarantine, as --repair does."
+        finding = Finding(commit_path(part, n), problem, do, (part, n), damaged=False)
+        report.findings.append(finding)
+
+
+def _of_commit(commit: Commit, found: Rollouts | None, report: Report) -> Rollouts | None:
+    """The rollouts, if they are those that a commit's shard was made from."""
+    if found is None or found.hash == commit.rollouts_hash:
+        return found
+    problem = f"expected hash {commit.rollouts_hash} (commit {commit.n}); got {found.hash}"
+    do = "Its scores can be used; restore the rollouts that they belong to."
+    report.find(rollouts_path(commit.part), problem, do)
+    return None
+
+
+def _check_rows(cache: Cache, part: str, found: Rollouts, report: Report) -> None:
+    """Rollouts that are still to be scored must be fit for it."""
+    identity = cache.identity
+    with report.watch(rollouts_path(part)):
+        check_rows(
+            found.table, identity.vocab_size, part, identity.max_length, identity.student_extra
+        )
+
+
+def _verify_shard(
+    cache: Cache,
+    commit: Commit,
+    rollouts: Rollouts | None,
+    marks: Marks,
+    report: Report,
+    *,
+    deep: bool,
+) -> None:
+    name, own = (commit.part, commit.n), Report()
+    own.count("shards")
+    verify_shard(cache, commit, rollouts, own, deep=deep)
+    if own.findings and name in removed_commits(cache.storage):
+        own.findings = []
+        own.note(commit_path(*name), "its bytes are being removed by gc")
+    if name in marks.aside:
+        do = "It is out of use: make snapshots that name it anew; gc removes it."
+        own.findings = [replace(finding, do=do, shard=None) for finding in own.findings]
+    report.add(own)
