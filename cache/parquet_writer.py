@@ -97,7 +97,7 @@ class _GroupEncoder:
             data=b"".join(page.data for page in pages),
             dictionary_bytes=len(pages[0].data) if coded else 0,
             entries=entries,
-            encodings=tuple({RLE, encoding} | ({PLAIN} if coded else set())),
+            encodings=tuple(sorted({RLE, encoding} | ({PLAIN} if coded else set()))),
             raw_bytes=sum(page.raw_bytes for page in pages),
         )
 

@@ -72,7 +72,7 @@ def _column(field: Field, chunk: bytes) -> ColumnChunk:
         chunk,
         dictionary_bytes,
         entries=sum(page.entries for page in values),
-        encodings=tuple({RLE, encoding} | ({PLAIN} if coded else set())),
+        encodings=tuple(sorted({RLE, encoding} | ({PLAIN} if coded else set()))),
         raw_bytes=headers + sum(page.raw_bytes for page in pages),
     )
 

@@ -1,76 +1,74 @@
-"""Read a cache without Stillroom: numpy, xxhash, pcodec for Zarr shards, pyarrow for Parquet shards.
-
-    python read_cache.py CACHE [PART]
-
-prints, for the first position of a part's first rollout, what the teacher expected.
-Every byte is checked against the hash that the commit vouches for before it is decoded.
-"""
+"""Read a cache without Stillroom, from docs/format.md alone: `python read_cache.py CACHE PART`.
+No byte is decoded before its hash is verified."""
 
 import json
-import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import xxhash
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pcodec import standalone
+from xxhash import xxh3_128_hexdigest
 
-CHUNK_ROWS = 2048
+FINISH_REASONS = ["unknown", "stop", "length", "abort"]
+SOURCES = ["unknown", "student", "teacher", "dataset", "import"]
 
 
-def checked(data, expected):
-    if xxhash.xxh3_128_hexdigest(data) != expected:
-        raise ValueError(f"damaged: {len(data)} bytes do not have the hash {expected}")
+def checked(data: bytes, digest: str) -> bytes:
+    if xxh3_128_hexdigest(data) != digest:
+        raise ValueError(f"damaged: the hash of {len(data)} bytes is not {digest}")
     return data
 
 
-def live_commits(root):
-    """Part -> commit: of each part the one with the largest n that is not in quarantine."""
-    out = {}
-    for path in root.glob("commits/v*/*.json"):
-        part, n = re.fullmatch(r"(v\d{6,9}-[0-9a-f]{16})\.(\d+)\.json", path.name).groups()
-        if not (root / "quarantine" / path.name).exists() and int(n) >= out.get(part, (0,))[0]:
-            out[part] = int(n), json.loads(path.read_bytes())
-    return {part: commit for part, (_, commit) in out.items()}
+def read_sealed(path: Path) -> Any:
+    data = path.read_bytes()
+    return json.loads(checked(data[:-47], data[-34:-2].decode()) + b"}")
 
 
-def read_zarr(path, manifest):
-    """All arrays of a Zarr shard, straight from the ranges in its manifest."""
-    from pcodec import standalone
-
-    arrays = {}
-    with path.open("rb") as file:
-        for name, entry in manifest["arrays"].items():
-            rows, *width = entry["shape"]
-            array = np.empty((len(entry["chunks"]) * CHUNK_ROWS, *width), entry["dtype"])
-            for i, (offset, length, digest) in enumerate(entry["chunks"]):
-                file.seek(offset)
-                chunk = array[i * CHUNK_ROWS : (i + 1) * CHUNK_ROWS].reshape(-1)
-                done = standalone.simple_decompress_into(checked(file.read(length), digest), chunk)
-                if done.n_processed != chunk.size or not done.finished:
-                    raise ValueError(f"damaged: {name}, chunk {i} holds another count")
-            arrays[name] = array[:rows]
-    groups, width = (manifest["attributes"][k] for k in ("id_groups", "id_group_width"))
-    code, group, ids = (arrays.pop(f"topk_{k}") for k in ("code", "group", "list"))
-    in_group = code < width
-    index = np.where(in_group, group[:, None] * width, groups * width - width) + code.astype(int)
-    return arrays | {"topk_id": ids[index]}
-
-
-def read_shard(root, commit):
-    folder = root / "scores" / commit["part"] / commit["attempt"]
+def read_part(root: Path, part: str) -> dict[str, np.ndarray]:
+    n = 0
+    while (root / f"quarantine/{part}.{n}.json").exists():
+        n += 1
+    commit = read_sealed(root / f"commits/{part.split('-')[0]}/{part}.{n}.json")
+    identity = json.loads(checked((root / "cache.json").read_bytes(), commit["identity"]))
+    folder = root / f"scores/{part}/{commit['attempt']}"
     manifest = json.loads(checked((folder / "manifest.json").read_bytes(), commit["manifest_hash"]))
-    if (folder / "shard.zarr.zip").exists():
-        return read_zarr(folder / "shard.zarr.zip", manifest)
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    read, name = {"zarr": (read_zarr, "shard.zarr.zip"), "parquet": (read_parquet, "shard.parquet")}[
+        identity["shard_format"]
+    ]
+    out = read(checked((folder / name).read_bytes(), manifest["hash"]), manifest)
+    used = np.arange(identity["topk"]) < out["topk_count"][:, None]
+    for name, unused in (("topk_id", 2**32 - 1), ("topk_logprob", -np.inf)):
+        entries = np.full(used.shape, unused, out[name].dtype)
+        entries[used] = out[name]
+        out[name] = entries
+    return out
 
-    data = checked((folder / "shard.parquet").read_bytes(), manifest["hash"])
-    return pq.ParquetFile(pa.BufferReader(data)).read()
+
+def read_zarr(data: bytes, manifest: Any) -> dict[str, np.ndarray]:
+    out = {}
+    for name, entry in manifest["arrays"].items():
+        array = np.empty((len(entry["chunks"]), 2048, *entry["shape"][1:]), entry["dtype"])
+        for chunk, (start, length, digest) in zip(array, entry["chunks"], strict=True):
+            encoded = checked(data[start : start + length], digest)
+            done = standalone.simple_decompress_into(encoded, chunk.reshape(-1))
+            if done.n_processed != chunk.size or not done.finished:
+                raise ValueError(f"damaged: another count of numbers in {name}")
+        out[name] = array.reshape(-1, *entry["shape"][1:])[: entry["shape"][0]]
+    groups, width = (manifest["attributes"][key] for key in ("id_groups", "id_group_width"))
+    count, ids = out["topk_count"], out.pop("topk_list")
+    group = np.repeat(out.pop("topk_group").astype(int), count)
+    code = out.pop("topk_code").reshape(-1)[: count.sum()].astype(int)
+    out["topk_id"] = ids[np.where(code < width, group, groups - 1) * width + code]
+    out["topk_logprob"] = out["topk_logprob"].reshape(-1)[: count.sum()]
+    return out
 
 
-if __name__ == "__main__":
-    root = Path(sys.argv[1])
-    commits = live_commits(root)
-    part = sys.argv[2] if len(sys.argv) > 2 else min(commits)
-    shard = read_shard(root, commits[part])
-    print(part, {n: getattr(a, "shape", None) for n, a in shard.items()} if isinstance(shard, dict) else shard.schema)
+def read_parquet(data: bytes, manifest: Any) -> dict[str, np.ndarray]:
+    table, out = pq.ParquetFile(pa.BufferReader(data)).read(), {}
+    for name, entry in manifest["arrays"].items():
+        values = table[name]
+        ...

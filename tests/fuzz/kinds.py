@@ -3,9 +3,10 @@ damaged bytes, and everything that reads it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from stillroom.cache.errors import StillroomError
 from tests.fuzz import marks, outside, rollouts, shards
+from tests.fuzz.attempt import attempt
 from tests.fuzz.mutate import Mutation
 
 Forge = Callable[[bytes], Iterator[bytes]]
@@ -43,15 +44,4 @@ def fuzz_one(kind: str, data: bytes) -> None:
     """
     one = KINDS[kind]
     for form in (data, *(one.forge(data) if one.forge else ())):
-        try:
-            one.read(form)
-        except StillroomError as error:
-            _refuse_memory(error)
-
-
-def _refuse_memory(error: BaseException) -> None:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MemoryError):
-            raise cause
-        cause = cause.__cause__ or cause.__context__
+        attempt(partial(one.read, form))

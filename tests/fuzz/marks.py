@@ -10,7 +10,6 @@ from stillroom.cache import jsonfile
 from stillroom.cache.canary import check_canary
 from stillroom.cache.claims import Claims
 from stillroom.cache.commits import Commit, decode_commit
-from stillroom.cache.errors import StillroomError
 from stillroom.cache.identity import Identity
 from stillroom.cache.pins import read_pin
 from stillroom.cache.quarantine import damaged_commits
@@ -20,6 +19,7 @@ from stillroom.replay.policies import read_policy
 from stillroom.tools.findings import Report
 from stillroom.tools.verify_files import verify_file
 from tests.cache.fakes import FakeTeacher
+from tests.fuzz.attempt import attempt
 from tests.fuzz.hostile import packed, sealed_json
 from tests.fuzz.memory import objects_of, small_cache, with_objects
 from tests.fuzz.mutate import mutate_bytes, mutate_sealed
@@ -43,10 +43,8 @@ def _verified(kind: str, read: Callable[[Cache, str], object], data: bytes) -> N
     """Read a file in place of the first of its kind, then verify it."""
     path = paths(kind)[0]
     changed = with_objects(small_cache("zarr"), {path: data})
-    try:
-        read(changed, path)
-    finally:
-        verify_file(changed, kind, path, Report())
+    attempt(lambda: read(changed, path))
+    verify_file(changed, kind, path, Report())
 
 
 def _nothing(cache: Cache, path: str) -> None:
@@ -70,29 +68,16 @@ def _read_commit(data: bytes) -> None:
             identity=own.identity.digest(),
             manifest_hash=live.manifest_hash,
         )
-        _read_shard(own, changed)
-
-
-def _read_shard(cache: Cache, commit: Commit) -> None:
-    try:
-        cache.shard(commit).all_rows()
-    except StillroomError as error:
-        if isinstance(error.__cause__, MemoryError):
-            raise
+        attempt(lambda commit=changed, cache=own: cache.shard(commit).all_rows())
 
 
 def _read_row_table(data: bytes) -> None:
     """Bytes as the compressed table, and as the table itself."""
-    cache = small_cache("parquet")
-    commit = cache.commit_of(LIVE)
-    refused = None
+    own = small_cache("parquet")
+    live = own.commit_of(LIVE)
     for blob in (data, zlib.compress(data)):
-        try:
-            cache.shard(replace(commit, row_table=packed(blob))).all_rows()
-        except StillroomError as error:
-            refused = error
-    if refused is not None:
-        raise refused
+        changed = replace(live, row_table=packed(blob))
+        attempt(lambda commit=changed: own.shard(commit).all_rows())
 
 
 def _row_tables() -> list[bytes]:
@@ -123,7 +108,8 @@ def _read_policy(cache: Cache, path: str) -> None:
 def _check_canary(cache: Cache, path: str) -> None:
     """The canary of the teacher's own numeric class, and of another one."""
     for numeric_class in ("fake-1-float32-cpu", "other"):
-        check_canary(cache, FakeTeacher(numeric_class=numeric_class), accept_numerics=True)
+        teacher = FakeTeacher(numeric_class=numeric_class)
+        attempt(partial(check_canary, cache, teacher, accept_numerics=True))
 
 
 def _canaries() -> list[bytes]:
@@ -148,7 +134,7 @@ def _read_plan_tokens(data: bytes) -> None:
     value = jsonfile.load_sealed(sample, "plan")
     for blob in (data, zlib.compress(data)):
         value["prompts"] |= {"tokens": packed(blob)}
-        Cycle.from_json(jsonfile.dump_sealed(value), "plan")
+        attempt(partial(Cycle.from_json, jsonfile.dump_sealed(value), "plan"))
 
 
 def _plan_tokens() -> list[bytes]:

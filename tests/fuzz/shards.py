@@ -9,16 +9,18 @@ import numpy as np
 
 from stillroom.cache import jsonfile
 from stillroom.cache.codec import decode_chunk
-from stillroom.cache.commits import attempt_path
+from stillroom.cache.commits import Commit, attempt_path
 from stillroom.cache.manifest import Manifest
 from stillroom.cache.parquet_layout import PLAIN, RLE_DICTIONARY
 from stillroom.cache.parquet_pages import DICTIONARY_PAGE, data_page, dictionary_page, read_pages
 from stillroom.cache.shard_format import shard_format
 from stillroom.cache.testing_shard import Stored, random_stored
+from stillroom.cache.store import Cache
 from stillroom.tools.container import check_container
 from stillroom.tools.findings import Report
 from stillroom.tools.parquet_container import check_parquet
 from stillroom.tools.verify_shard import Rollouts, verify_shard
+from tests.fuzz.attempt import attempt
 from tests.fuzz.hostile import rehashed_manifest
 from tests.fuzz.memory import objects_of, small_cache, with_objects
 from tests.fuzz.mutate import mutate_bytes, mutate_footer, mutate_json
@@ -46,13 +48,15 @@ def _read_manifest(form: str, data: bytes) -> None:
     """Read and verify a shard under another manifest, which its commit names."""
     changed = with_objects(small_cache(form), {_manifest_path(form): data})
     commit = replace(changed.commit_of(LIVE), manifest_hash=jsonfile.digest(data))
-    try:
-        shard = changed.shard(commit)
-        shard.all_rows()
-        shard.read_ranges([(name, 0, None) for name in shard.columns])
-    finally:
-        rollouts = Rollouts(*changed.read_part(LIVE))
-        verify_shard(changed, commit, rollouts, Report(), deep=True)
+    attempt(lambda: _read_shard(changed, commit))
+    rollouts = Rollouts(*changed.read_part(LIVE))
+    verify_shard(changed, commit, rollouts, Report(), deep=True)
+
+
+def _read_shard(changed: Cache, commit: Commit) -> None:
+    shard = changed.shard(commit)
+    shard.all_rows()
+    shard.read_ranges([(name, 0, None) for name in shard.columns])
 
 
 def _forge_manifest(form: str, data: bytes) -> Iterator[bytes]:

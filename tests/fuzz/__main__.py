@@ -1,0 +1,86 @@
+"""`python -m tests.fuzz`: fuzzes the readers of every kind of file, each in a process of its own,
+and prints the bytes that any of them cannot stand."""
+
+import argparse
+import base64
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tests.fuzz.child import recorded
+from tests.fuzz.kinds import KINDS, fuzz_one
+
+ROOT = Path(__file__).resolve().parents[2]
+STARTING_S = 60.0
+RUNS = re.compile(r"stat::number_of_executed_units: (\d+)")
+
+
+def main() -> int:
+    """Fuzz some kinds, or read one input again; 1 if there was a finding."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("kinds", nargs="*", help=f"some of: {', '.join(KINDS)}; none: all")
+    parser.add_argument("--seconds", type=float, default=60.0, help="in all")
+    parser.add_argument("--again", help="base64 of bytes to read as the one kind that is named")
+    args = parser.parse_args()
+    kinds = args.kinds or list(KINDS)
+    unknown = sorted(set(kinds) - KINDS.keys())
+    if unknown:
+        parser.error(f"no such kinds: {', '.join(unknown)}")
+    if args.again is not None:
+        fuzz_one(kinds[0], base64.b64decode(args.again))
+        return 0
+    found = [kind for kind in kinds if not fuzz_kind(kind, args.seconds / len(kinds))]
+    print(f"fuzz: {len(kinds)} kinds of files, findings: {', '.join(found) or 'none'}")
+    return 1 if found else 0
+
+
+def fuzz_kind(kind: str, seconds: float) -> bool:
+    """Fuzz one kind; False, and a report, if its readers cannot stand something."""
+    start = time.perf_counter()
+    with TemporaryDirectory(prefix="stillroom-fuzz-") as folder:
+        command = [sys.executable, "-m", "tests.fuzz.child", kind, f"{max(1, seconds):.0f}", folder]
+        own = {"TMPDIR": folder, "ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
+        own |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error,ignore:Numcodecs"}
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | own,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds + STARTING_S,
+            check=False,
+        )
+        output = done.stdout + done.stderr
+        if done.returncode == 0:
+            runs = RUNS.search(output)
+            rate = f"{int(runs[1]):,} inputs" if runs else "no count"
+            print(f"{kind}: {rate} in {time.perf_counter() - start:.0f} s", flush=True)
+            return True
+        path = Path(folder) / "input"
+        data = recorded(path) if path.is_file() else b""
+    print(_report(kind, done.returncode, data, output), flush=True)
+    return False
+
+
+def _report(kind: str, status: int, data: bytes, output: str) -> str:
+    how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    lines = [line for line in output.splitlines() if not line.startswith(("INFO:", "#"))]
+    packed = base64.b64encode(data).decode()
+    return "\n".join(
+        [
+            f"{kind}: FINDING ({how}) on these {len(data)} bytes (base64):",
+            packed,
+            f"again: python -m tests.fuzz {kind!r} --again {packed[:12]}...",
+            *lines[-40:],
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
