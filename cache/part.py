@@ -18,11 +18,13 @@ import xxhash
 from stillroom.cache import jsonfile
 from stillroom.cache.check_rollouts import NO_LIMIT, check_rows
 from stillroom.cache.errors import CorruptError, InputError, MismatchError, ShapeError
+from stillroom.cache.parquet_bounds import check_bounds
 from stillroom.cache.parquet_seal import HASH_KEY, NO_HASH, check_seal, seal
 from stillroom.cache.schema import FORMAT_VERSION, PART_SCHEMA, USER_NAME, USER_PREFIX
 
 NAME = re.compile(r"v(\d{6,9})-([0-9a-f]{16})")
 METADATA_KEY = b"stillroom"
+METADATA_KEYS = (METADATA_KEY, HASH_KEY)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,15 +99,26 @@ def encode_part(
     metadata = {METADATA_KEY: jsonfile.dump(asdict(meta)), HASH_KEY: NO_HASH}
     sink = io.BytesIO()
     with pq.ParquetWriter(
-        sink, table.schema.remove_metadata(), compression="zstd", write_page_checksum=True
+        sink,
+        table.schema.remove_metadata(),
+        compression="zstd",
+        write_page_checksum=True,
+        store_schema=False,
     ) as writer:
         writer.add_key_value_metadata(metadata)
         writer.write_table(table)
-    return seal(sink.getvalue())
+    data = seal(sink.getvalue())
+    try:
+        check_bounds(data, METADATA_KEYS)
+    except ValueError as error:
+        expected = "rollouts that readers take"
+        raise InputError(meta.name, expected, str(error), "Make smaller parts.") from error
+    return data
 
 
 def decode_part(data: bytes, where: str) -> tuple[pa.Table, PartMeta]:
-    """Read a part's bytes; nothing is parsed before their hash is verified.
+    """Read a part's bytes; nothing is parsed before their hash is verified, nor by pyarrow before
+    its sizes are.
 
     Raises:
         CorruptError: they are not a part, or not as they were written.
@@ -113,6 +126,7 @@ def decode_part(data: bytes, where: str) -> tuple[pa.Table, PartMeta]:
     """
     check_seal(data, where, "Restore the file.")
     try:
+        check_bounds(data, METADATA_KEYS)
         table = read_parquet(data)
         raw = (table.schema.metadata or {})[METADATA_KEY]
         table = _cast(table)

@@ -25,7 +25,7 @@ FOOTER_BYTES = 64 << 10
 
 
 @dataclass
-class _Budget:
+class Budget:
     """Bytes that the pages of a file may still become."""
 
     raw_bytes: int
@@ -51,11 +51,11 @@ def read_groups(
         ValueError: it is not such a file.
         OSError: a page cannot be decompressed.
     """
-    footer = _footer(data)
+    footer = read_footer(data)
     _check_columns(footer.get(2), columns)
-    budget = _Budget(raw_limit)
-    for group in _structs(footer.get(4)):
-        chunks = [_struct(chunk.get(3)) for chunk in _structs(group.get(1))]
+    budget = Budget(raw_limit)
+    for group in structs(footer.get(4)):
+        chunks = [struct(chunk.get(3)) for chunk in structs(group.get(1))]
         if len(chunks) != len(columns):
             raise ValueError(f"{len(chunks)} columns in a row group")
         pairs = zip(columns.items(), chunks, strict=True)
@@ -65,25 +65,42 @@ def read_groups(
         yield values
 
 
-def _footer(data: bytes) -> dict[int, Any]:
+def read_footer(data: bytes) -> dict[int, Any]:
+    """The metadata of a file, by Parquet's field numbers.
+
+    Raises:
+        ValueError: there is none, or far too much of it.
+    """
     size = int.from_bytes(data[-8:-4], "little")
     if len(data) < 12 or data[:4] != MAGIC or data[-4:] != MAGIC:
         raise ValueError("no Parquet file, or a part of one")
     if size > min(len(data) - 12, max(FOOTER_BYTES, len(data) // 16)):
         raise ValueError(f"a footer of {size} bytes")
-    footer, end = read_struct(data[-8 - size : -8])
+    return read_tail(data[-8 - size :])
+
+
+def read_tail(tail: bytes) -> dict[int, Any]:
+    """The metadata of a file, from its last bytes.
+
+    Raises:
+        ValueError: these are not its end, or not all of its metadata.
+    """
+    size = int.from_bytes(tail[-8:-4], "little")
+    if tail[-4:] != MAGIC or size > len(tail) - 8:
+        raise ValueError(f"no end of a Parquet file, or a footer of {size} bytes")
+    footer, end = read_struct(tail[-8 - size : -8])
     if end != size:
         raise ValueError("a footer that ends early")
     return footer
 
 
 def _check_columns(schema: Any, columns: dict[str, int]) -> None:
-    found = [(leaf.get(4), leaf.get(1), leaf.get(3), leaf.get(5)) for leaf in _structs(schema)[1:]]
+    found = [(leaf.get(4), leaf.get(1), leaf.get(3), leaf.get(5)) for leaf in structs(schema)[1:]]
     if found != [(name.encode(), kind, REQUIRED, None) for name, kind in columns.items()]:
         raise ValueError(f"columns {[name for name, *_ in found]}"[:400])
 
 
-def _read_chunk(data: bytes, chunk: dict[int, Any], kind: int, budget: _Budget) -> list[Any]:
+def _read_chunk(data: bytes, chunk: dict[int, Any], kind: int, budget: Budget) -> list[Any]:
     """Values of a column of a row group."""
     start, size, codec = chunk.get(9), chunk.get(7), chunk.get(4)
     if type(start) is not int or type(size) is not int or not 0 <= start <= start + size:
@@ -138,13 +155,13 @@ def _decode(page: bytes, kind: int, count: int) -> list[Any]:
     return values
 
 
-def _structs(value: Any) -> list[dict[int, Any]]:
+def structs(value: Any) -> list[dict[int, Any]]:
     if not isinstance(value, list):
         raise ValueError("no list where Parquet has one")
-    return [_struct(item) for item in value]
+    return [struct(item) for item in value]
 
 
-def _struct(value: Any) -> dict[int, Any]:
+def struct(value: Any) -> dict[int, Any]:
     if not isinstance(value, dict):
         raise ValueError("no struct where Parquet has one")
     return value

@@ -13,7 +13,7 @@ from stillroom.cache.commits import Commit
 from stillroom.cache.errors import CorruptError
 from stillroom.cache.identity import Identity
 from stillroom.cache.manifest import ArrayEntry, Chunk, Manifest
-from stillroom.cache.schema import Arrays, Axis, expected_shapes
+from stillroom.cache.schema import Arrays, expected_shapes
 from stillroom.cache.storage import Storage
 
 
@@ -55,7 +55,7 @@ class Source:
             verify(blob, chunk.hash, f"{self.where}, {name}")
         return blobs
 
-    def sizes(self) -> dict[Axis, int]:
+    def sizes(self) -> dict[str, int]:
         """Entries on each axis, as the commit says."""
         commit = self.commit
         return {

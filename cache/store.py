@@ -83,7 +83,7 @@ class Cache:
     def has_part(self, policy_version: int, unit: str) -> bool:
         """Whether the rollouts of a unit are there, or were and are retired."""
         part = part_name(policy_version, unit)
-        return any(map(self.storage.exists, (_part_path(part), _retired_path(part))))
+        return any(map(self.storage.exists, (part_path(part), retired_path(part))))
 
     def add_part(self, table: pa.Table, meta: PartMeta) -> bool:
         """Store rollouts as a part, unless the unit has one already.
@@ -98,7 +98,7 @@ class Cache:
         self._check_meta(meta.name, meta)
         identity = self.identity
         data = encode_part(table, meta, identity.max_length, identity.student_extra)
-        return self.storage.put_new(_part_path(meta.name), data)
+        return self.storage.put_new(part_path(meta.name), data)
 
     def add_rollouts(
         self,
@@ -147,7 +147,7 @@ class Cache:
             CorruptError: it cannot be read.
             MismatchError: it is another part, or was tokenised with another tokenizer.
         """
-        path = _part_path(part)
+        path = part_path(part)
         data = self.storage.get(path)
         table, meta = decode_part(data, self.storage.describe(path))
         self._check_meta(part, meta)
@@ -163,12 +163,11 @@ class Cache:
         Raises:
             MissingError: the part is not scored.
         """
-        n = self.commits().get(part)
-        if n is None:
-            raise MissingError(
-                f"part {part}", "a commit", "none", "Score it with 'stillroom score'."
-            )
-        return read_commit(self.storage, commit_path(part, n))
+        try:
+            return read_commit(self.storage, commit_path(part, next_n(self.storage, part)))
+        except MissingError as error:
+            do = "Score it with 'stillroom score'."
+            raise MissingError(f"part {part}", "a commit", "none", do) from error
 
     def is_scored(self, part: str) -> bool:
         """Whether a part has a live commit; asks for two objects only."""
@@ -176,7 +175,7 @@ class Cache:
 
     def is_unscored(self, part: str) -> bool:
         """Whether a part is still to be scored: it has no live commit and is not retired."""
-        return not (self.is_scored(part) or self.storage.exists(_retired_path(part)))
+        return not (self.is_scored(part) or self.storage.exists(retired_path(part)))
 
     def quarantine(self, part: str, reason: str, *, damaged: bool, n: int | None = None) -> None:
         """Take a commit out of use, so that its part can be scored again; nothing is deleted.
@@ -223,7 +222,7 @@ class Cache:
     def retire(self, part: str, reason: str) -> None:
         """Leave a part out of new snapshots; nothing is deleted."""
         mark = jsonfile.dump_sealed({"part": part, "reason": reason})
-        self.storage.put_new(_retired_path(part), mark)
+        self.storage.put_new(retired_path(part), mark)
 
     def add_shard(
         self, meta: PartMeta, rollouts_hash: str, arrays: Arrays, scored_by: ScoredBy
@@ -268,15 +267,17 @@ class Cache:
         mine = (part, self.identity.tokenizer_fingerprint, self.identity.vocab_size)
         theirs = (meta.name, meta.tokenizer_fingerprint, meta.vocab_size)
         if theirs != mine:
-            where = self.storage.describe(_part_path(part))
+            where = self.storage.describe(part_path(part))
             do = "Sample with a student that has the teacher's tokenizer; do not rename parts."
             expected = f"part, tokenizer and vocabulary {mine}"
             raise MismatchError(where, expected, f"{theirs}", do)
 
 
-def _part_path(part: str) -> str:
+def part_path(part: str) -> str:
+    """Object of a part's rollouts."""
     return f"rollouts/{part}.parquet"
 
 
-def _retired_path(part: str) -> str:
+def retired_path(part: str) -> str:
+    """Object that leaves a part out of new snapshots."""
     return f"retired/{part}.json"

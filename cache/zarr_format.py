@@ -214,9 +214,9 @@ def _own_attributes(source: Source) -> tuple[bool, int, int]:
     """Whether only used entries are stored, and G and W of the lists of ids."""
     attributes = source.manifest.attributes
     packed = attributes.get("entries_packed")
-    sizes = attributes.get("id_groups"), attributes.get("id_group_width")
-    good = all(type(n) is int and 0 <= n <= MAX_LOOKUP for n in sizes) and sizes[0]
-    if not good or not isinstance(packed, bool):
-        expected, got = "how ids and entries are stored", f"{sizes} and {packed}"
+    groups, width = attributes.get("id_groups"), attributes.get("id_group_width")
+    sizes = [n for n in (groups, width) if type(n) is int and 0 <= n <= MAX_LOOKUP]
+    if len(sizes) != 2 or not groups or not isinstance(packed, bool):
+        expected, got = "how ids and entries are stored", f"{(groups, width)} and {packed}"
         raise CorruptError(source.where, expected, got, "Score the part again.")
-    return packed, *sizes
+    return packed, sizes[0], sizes[1]

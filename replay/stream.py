@@ -7,13 +7,13 @@ next, also on another number of ranks or with another batch size.
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from stillroom.cache.errors import ConfigError, InputError, MismatchError
 from stillroom.cache.schema import EDGE_OF, Arrays, Axis, column_of
-from stillroom.cache.shard import Shard
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
 from stillroom.replay.batch import Batch, MicroBatch, Row, collate
@@ -21,6 +21,8 @@ from stillroom.replay.packing import num_micro_batches, pack
 from stillroom.replay.plan import Plan
 
 STATE_FORMAT = 1
+OPEN_SHARDS = 64
+"""Each holds its manifest, row edges and a table of ids: about 1 MB, 10 MB at most in practice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,27 +182,21 @@ class ReplayStream:
 
 
 class _RowReader:
-    """Rows by number, through a bounded set of decoded blocks."""
+    """Rows by number, through bounded sets of decoded blocks and of open shards."""
 
     def __init__(self, cache: Cache, snapshot: Snapshot, config: ReplayConfig) -> None:
-        self._cache, self._snapshot = cache, snapshot
+        self._snapshot = snapshot
         self._block, self._budget = config.block_rows, config.cached_bytes
         self._ends = np.cumsum([commit.rows for commit in snapshot.commits])
-        self._shards: dict[int, Shard] = {}
+        self._shard = lru_cache(OPEN_SHARDS)(lambda part: cache.shard(snapshot.commits[part]))
+        self._temperature: dict[int, float] = {}
         self._blocks: OrderedDict[tuple[int, int], Arrays] = OrderedDict()
 
     def row(self, number: int) -> Row:
         part = int(np.searchsorted(self._ends, number, side="right"))
         local = number - (int(self._ends[part - 1]) if part else 0)
         block = self._decoded(part, local // self._block)
-        temperature = self._shard(part).manifest.attributes["sampler"].get("temperature")
-        known = float("nan") if temperature is None else temperature
-        return Row(number, _one(block, local % self._block), known)
-
-    def _shard(self, part: int) -> Shard:
-        if part not in self._shards:
-            self._shards[part] = self._cache.shard(self._snapshot.commits[part])
-        return self._shards[part]
+        return Row(number, _one(block, local % self._block), self._temperature[part])
 
     def _decoded(self, part: int, block: int) -> Arrays:
         key = (part, block)
@@ -209,7 +205,10 @@ class _RowReader:
             return self._blocks[key]
         start = block * self._block
         stop = min(start + self._block, self._snapshot.commits[part].rows)
-        self._blocks[key] = self._shard(part).rows(start, stop)
+        shard = self._shard(part)
+        self._blocks[key] = shard.rows(start, stop)
+        temperature = shard.manifest.attributes["sampler"].get("temperature")
+        self._temperature[part] = float("nan") if temperature is None else temperature
         held = sum(a.nbytes for arrays in self._blocks.values() for a in arrays.values())
         while held > self._budget and len(self._blocks) > 1:
             _, dropped = self._blocks.popitem(last=False)

@@ -128,7 +128,7 @@ def _top(rng: np.random.Generator, ids: np.ndarray, logprob: np.ndarray) -> Arra
 
 
 def _sequences(rng: np.random.Generator, sampled: np.ndarray) -> Arrays:
-    lengths = []
+    lengths: list[int] = []
     while sum(lengths) < len(sampled):
         lengths.append(min(int(rng.integers(100, 900)), len(sampled) - sum(lengths)))
     count, completion = len(lengths), np.array(lengths)

@@ -57,9 +57,10 @@ def rows_of(arrays: Arrays) -> Rows:
 
 def _write_blosc(rows: Rows, folder: Path) -> None:
     import zarr
+    from zarr.codecs import BloscCodec
 
     group = zarr.create_group(str(folder / "blosc.zarr"))
-    codec = zarr.codecs.BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle")
+    codec = BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle")
     for name in COLUMNS:
         data = np.concatenate([row[name] for row in rows])
         shape = (2048, *data.shape[1:])

@@ -121,10 +121,9 @@ def _check_index(
     crc = int.from_bytes(member[-CRC_BYTES:], "little")
     if len(index) != index_bytes or google_crc32c.value(index) != crc:
         raise _corrupt(key, f"an index of {slots} chunks with its crc32c", "none")
-    expected = np.full((slots, 2), NO_CHUNK, np.uint64)
-    for slot, chunk in enumerate(chunks):
-        expected[slot] = chunk.offset - start, chunk.length
-    if not np.array_equal(np.frombuffer(index, "<u8").reshape(slots, 2), expected):
+    expected = [[chunk.offset - start, chunk.length] for chunk in chunks]
+    expected += [[NO_CHUNK, NO_CHUNK]] * (slots - len(chunks))
+    if np.frombuffer(index, "<u8").reshape(slots, 2).tolist() != expected:
         raise _corrupt(key, "an index of the manifest's chunks", "of others")
 
 

@@ -3,18 +3,16 @@
 It comes from listings and commits; no shard is read.
 """
 
-import io
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from stillroom.cache.commits import Commit, commit_path, read_commit
 from stillroom.cache.identity import Identity
 from stillroom.cache.part import policy_of
+from stillroom.cache.plain_parquet import read_tail
 from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
+from stillroom.cache.tombstones import removed_commits
 from stillroom.replay.policies import policy_versions, read_policy
 from stillroom.tools.render import print_table, say
 
@@ -25,6 +23,7 @@ STATUS_COLUMNS = {
     "unscored": "unscored",
     "scored": "scored",
     "retired": "retired",
+    "removed": "removed",
     "quarantined": "quarantined",
     "rows": "rollouts",
     "positions": "positions",
@@ -42,17 +41,18 @@ class PartLine:
     part: str
     policy_version: int
     state: str
-    """unscored, scored, retired (out of new snapshots), or quarantined (to be scored again)."""
+    """unscored, scored, retired (out of new snapshots), removed (retired, and `gc` took its bytes),
+    or quarantined (to be scored again)."""
     rows: int | None
     """Rollouts; None if neither a commit nor the Parquet file tells."""
     positions: int | None
     """Scored tokens; None where there is no shard, as in all that follow."""
     stored_bytes: int | None
-    """Shard and manifest."""
+    """Shard and manifest; 0 once they are removed."""
     rollouts_bytes: int | None
     """Parquet file; None if it is gone."""
     bytes_per_position: float | None
-    """Of shard and manifest."""
+    """Of shard and manifest, as they were written."""
     teacher_s: float | None
     scorer_host: str | None
     scored_at: str | None
@@ -74,6 +74,7 @@ class PolicyLine:
     unscored: int = 0
     scored: int = 0
     retired: int = 0
+    removed: int = 0
     quarantined: int = 0
     rows: int = 0
     """Rollouts."""
@@ -95,7 +96,7 @@ class PolicyLine:
 def list_parts(cache: Cache) -> list[PartLine]:
     """Every part that has rollouts or a live commit, oldest policy first."""
     storage = cache.storage
-    live, retired = cache.commits(), cache.retired()
+    live, retired, removed = cache.commits(), cache.retired(), removed_commits(storage)
     quarantined = {e.path.rsplit("/", 1)[1].split(".")[0] for e in storage.list("quarantine")}
     sizes = {e.path: e.size_bytes for e in storage.list("rollouts")}
     lines = []
@@ -104,6 +105,7 @@ def list_parts(cache: Cache) -> list[PartLine]:
         state = "scored" if commit else "quarantined" if part in quarantined else "unscored"
         path = f"rollouts/{part}.parquet"
         state = "retired" if part in retired else state
+        state = "removed" if (part, live.get(part)) in removed else state
         lines.append(_line(storage, part, state, commit, sizes.get(path)))
     return lines
 
@@ -180,6 +182,7 @@ def _line(
     if commit is not None:
         rows, positions, stored = commit.rows, commit.positions, commit.stored_bytes
         per_position, teacher_s = stored / max(1, positions), commit.teacher_s
+        stored = 0 if state == "removed" else stored
         host, at = commit.scorer.get("host"), commit.scorer.get("time")
     elif rollouts_bytes is not None:
         rows = _parquet_rows(storage, f"rollouts/{part}.parquet", rollouts_bytes)
@@ -203,6 +206,7 @@ def _parquet_rows(storage: Storage, path: str, size: int) -> int | None:
     length = min(size, TAIL_BYTES)
     (tail,) = storage.get_ranges(path, [size - length], [length])
     try:
-        return int(pq.read_metadata(io.BytesIO(tail)).num_rows)
-    except (pa.ArrowException, OSError):
+        rows = read_tail(tail).get(3)
+    except ValueError:
         return None
+    return rows if type(rows) is int and rows >= 0 else None

@@ -2,17 +2,19 @@
 stopped.
 
 Every stage is safe to run again by itself; the records only save the time of finding that out. A
-record counts only while the objects that it names are there.
+record counts only while the objects that it names are there; rollouts may be gone where their part
+is retired, as `gc` removes those.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stillroom.cache import jsonfile
 from stillroom.cache.storage import Storage
+from stillroom.cache.store import part_path, retired_path
 from stillroom.train.durable import write_file
 
 
@@ -50,7 +52,7 @@ class StageLog:
         value = jsonfile.load(path.read_bytes(), str(path))
         value["objects"] = tuple((root, at) for root, at in value["objects"])
         record: StageRecord = jsonfile.build(StageRecord, value, str(path))
-        return record if all(Storage(root).exists(at) for root, at in record.objects) else None
+        return record if all(_is_kept(Storage(root), at) for root, at in record.objects) else None
 
     def run(self, name: str, work: Work) -> StageRecord:
         """Do a stage's work, unless it is finished."""
@@ -61,3 +63,9 @@ class StageLog:
             record = StageRecord(time.perf_counter() - start, tuple(objects), values)
             write_file(self._folder / f"{name}.json", jsonfile.dump(asdict(record)))
         return record
+
+
+def _is_kept(storage: Storage, path: str) -> bool:
+    part = PurePosixPath(path).stem
+    gone = path == part_path(part) and storage.exists(retired_path(part))
+    return gone or storage.exists(path)

@@ -115,6 +115,7 @@ class Summary:
                 ("forward_kl_nats", "forward KL, nats"),
                 ("reverse_kl_nats", "reverse KL, nats"),
                 ("teacher_tail_mass", "teacher's tail mass"),
+                ("hidden_kl_bound_nats", "forward KL hidden in it at most, nats"),
             ):
                 values = [f"{m[source][key]:.4f}" for m in (done.before, done.after)]
                 table.add_row(f"held-out {text}: {name}", *values)

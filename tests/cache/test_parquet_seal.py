@@ -43,7 +43,7 @@ def test_every_changed_byte_is_refused() -> None:
     ids=range(7),
 )
 def test_what_is_not_whole_or_not_sealed_is_refused(data: bytes) -> None:
-    with pytest.raises(CorruptError, match="^here: "):
+    with pytest.raises(CorruptError, match=r"^here: "):
         check_seal(data, "here", "Restore it.")
 
 

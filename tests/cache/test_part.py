@@ -148,7 +148,8 @@ def rewritten(metadata: dict[bytes, bytes] | None, columns: list[str] | None = N
     table = make_table([make_rollout()]).select(columns or PART_SCHEMA.names)
     sink = io.BytesIO()
     metadata = metadata and {**metadata, parquet_seal.HASH_KEY: parquet_seal.NO_HASH}
-    with pq.ParquetWriter(sink, table.schema.remove_metadata()) as writer:
+    plain = table.schema.remove_metadata()
+    with pq.ParquetWriter(sink, plain, store_schema=False, compression="zstd") as writer:
         writer.add_key_value_metadata(metadata)
         writer.write_table(table)
     return parquet_seal.seal(sink.getvalue()) if metadata else sink.getvalue()

@@ -117,7 +117,7 @@ def test_it_is_a_table_for_others() -> None:
 def test_a_changed_byte_is_refused(at: int, change: int) -> None:
     damaged = bytearray(DATA)
     damaged[at] ^= change
-    with pytest.raises(CorruptError, match="^here"):
+    with pytest.raises(CorruptError, match=r"^here"):
         decode_commits(bytes(damaged), "here")
 
 

@@ -120,6 +120,14 @@ def test_what_is_not_there_is_missing(cache: Cache) -> None:
         cache.commit_of(name)
 
 
+def test_a_commit_is_found_without_a_listing(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = [commit_shard(cache, random_arrays(0, 20, 3))]
+    cache.quarantine(make_meta().name, "bad sector", damaged=True)
+    commits.append(commit_shard(cache, random_arrays(0, 20, 3)))
+    monkeypatch.delattr(Storage, "list")
+    assert cache.commit_of(make_meta().name) == commits[1]
+
+
 def test_files_that_are_no_parts_are_not_listed(cache: Cache, root: Path) -> None:
     cache.add_part(random_rollouts(0, 2), make_meta(0))
     for name in ("notes.parquet", f"{make_meta(1).name}.txt", f".{make_meta(1).name}.parquet"):

@@ -12,8 +12,8 @@ from zarr.storage import ZipStore
 
 from stillroom.cache import jsonfile
 from stillroom.cache.codec import decode_chunk
-from stillroom.cache.example_shards import edges, random_shard
 from stillroom.cache.entries import pack_entries
+from stillroom.cache.example_shards import edges, random_shard
 from stillroom.cache.id_groups import group_ids
 from stillroom.cache.schema import COLUMNS, Arrays, check_arrays
 from stillroom.cache.shard_format import Encoded

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from tests.fuzz import marks, outside, rollouts, shards
+from tests.fuzz import marks, outside, planted, rollouts, shards
 from tests.fuzz.attempt import attempt
 from tests.fuzz.mutate import Mutation
 
@@ -29,11 +29,13 @@ class Kind:
     forge: Forge | None = None
 
 
-KINDS: dict[str, Kind] = {
+KINDS = {
     name: Kind(*parts)
     for module in (marks, rollouts, shards, outside)
     for name, parts in module.KINDS.items()
 }
+PLANTED = {name: Kind(*parts) for name, parts in planted.KINDS.items()}
+"""Kinds that are none: their readers have bugs."""
 
 
 def fuzz_one(kind: str, data: bytes) -> None:
@@ -42,6 +44,6 @@ def fuzz_one(kind: str, data: bytes) -> None:
     Whatever this raises is a finding: also memory that ran out, though a reader made an error of
     its own of that.
     """
-    one = KINDS[kind]
+    one = (KINDS | PLANTED)[kind]
     for form in (data, *(one.forge(data) if one.forge else ())):
         attempt(partial(one.read, form))

@@ -53,7 +53,8 @@ def mutate_json(rng: random.Random, data: bytes) -> bytes:
         return mutate_bytes(rng, data)
     for _ in range(rng.randint(1, 3)):
         value = _changed(rng, value, value)
-    return jsonfile.ENCODER.encode(value).encode()[:MAX_BYTES]
+    changed = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return changed.encode()[:MAX_BYTES]
 
 
 def mutate_footer(rng: random.Random, data: bytes) -> bytes:

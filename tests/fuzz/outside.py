@@ -1,4 +1,4 @@
-"""Files that are not a cache's: rollouts of strangers, and what a run keeps in its output folder."""
+"""Files that are not a cache's: rollouts of strangers, and what a run leaves in its folder."""
 
 import gzip
 import json

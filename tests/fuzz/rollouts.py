@@ -8,21 +8,22 @@ from stillroom.cache.part import decode_part
 from stillroom.cache.part_arrays import part_arrays
 from stillroom.cache.rows import score_rows
 from stillroom.cache.snapshot_file import decode_commits
+from stillroom.cache.store import Cache
 from stillroom.cache.thrift_reader import read_struct
 from stillroom.tools.listing import list_parts
 from tests.cache.fakes import VOCAB
 from tests.fuzz.attempt import attempt
 from tests.fuzz.hostile import sealed_parquet
 from tests.fuzz.marks import samples
-from tests.fuzz.memory import small_cache, with_objects
+from tests.fuzz.memory import MemoryStorage, small_cache
 from tests.fuzz.mutate import mutate_bytes, mutate_footer
 from tests.tools.small_cache import UNSCORED
 
 
 def _read_part(data: bytes) -> None:
     """As `ls` and the score job read it."""
-    changed = with_objects(small_cache("zarr"), {f"rollouts/{UNSCORED}.parquet": data})
-    attempt(lambda: list_parts(changed))
+    storage = MemoryStorage({f"rollouts/{UNSCORED}.parquet": data})
+    attempt(lambda: list_parts(Cache(storage, small_cache("zarr").identity)))
     table, meta = decode_part(data, "part")
     check_rows(table, VOCAB, meta.name, 64, 2)
     score_rows(part_arrays(table, 2))

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from stillroom.cache import jsonfile
-from stillroom.cache.codec import decode_chunk
+from stillroom.cache.codec import AUTO, decode_chunk, encode_chunk
 from stillroom.cache.commits import Commit, attempt_path
 from stillroom.cache.manifest import Manifest
-from stillroom.cache.parquet_layout import PLAIN, RLE_DICTIONARY
+from stillroom.cache.parquet_layout import RLE_DICTIONARY
 from stillroom.cache.parquet_pages import DICTIONARY_PAGE, data_page, dictionary_page, read_pages
 from stillroom.cache.shard_format import shard_format
-from stillroom.cache.testing_shard import Stored, random_stored
 from stillroom.cache.store import Cache
+from stillroom.cache.testing_shard import Stored, random_stored
 from stillroom.tools.container import check_container
 from stillroom.tools.findings import Report
 from stillroom.tools.parquet_container import check_parquet
@@ -72,9 +72,7 @@ def _chunks(form: str) -> list[bytes]:
     """Each chunk behind a byte with its number."""
     whole = _stored(form).encoded.data
     places = enumerate(_stored(form).chunks())
-    return [
-        bytes([at]) + whole[c.offset : c.offset + c.length] for at, (_, _, c) in places
-    ]
+    return [bytes([at]) + whole[c.offset : c.offset + c.length] for at, (_, _, c) in places]
 
 
 def _read_chunk(form: str, data: bytes) -> None:
@@ -120,8 +118,6 @@ def _read_page(data: bytes) -> None:
 
 def _encoded() -> list[bytes]:
     """Chunks of PCodec behind a byte with the dtype."""
-    from stillroom.cache.codec import AUTO, encode_chunk
-
     rng = np.random.default_rng(0)
     numbers = [rng.integers(0, 1000, CODEC_NUMBERS).astype(dtype) for dtype in DTYPES]
     return [bytes([i]) + encode_chunk(a, AUTO) for i, a in enumerate(numbers)]

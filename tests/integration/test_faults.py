@@ -90,8 +90,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cache.add_part(random_rollouts(number, 3), make_meta(number))
     dead = f"scores/{NAMES[2]}/{'d' * 32}/manifest.json"
     cache.storage.put_new(dead, b"half")
-    for path in (f"retired/{RETIRED}.json", dead):
-        age(root / path)
+    for name in (f"retired/{RETIRED}.json", dead):
+        age(root / name)
     for path in (root / "scores" / RETIRED).rglob("*"):
         age(path)
     age(root / "rollouts" / f"{RETIRED}.parquet")

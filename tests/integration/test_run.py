@@ -75,7 +75,12 @@ def test_second_run_changes_nothing(
     before = files_below(Path(settings["root"]))
     assert pipeline(settings).run().as_json() == summary
     assert files_below(Path(settings["root"])) == before
-    assert "round 2: policy 1 -> 2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "round 2: policy 1 -> 2" in out
+    figures = [summary["rounds"][1][when]["student"] for when in ("before", "after")]
+    hidden = [f"{figure['hidden_kl_bound_nats']:.4f}" for figure in figures]
+    *_, line, _ = (line for line in out.splitlines() if "forward KL hidden in it" in line)
+    assert [word for word in line.split() if word[0].isdigit()] == hidden
 
 
 def test_more_rounds_continue(

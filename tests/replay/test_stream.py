@@ -1,8 +1,10 @@
 """The stream: the same rows for any world, resumable anywhere, and only verified bytes."""
 
+import gc
 import itertools
 import json
 import shutil
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -14,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillroom.cache.commits import attempt_path
+from stillroom.cache.commits import Commit, attempt_path
 from stillroom.cache.errors import (
     ConfigError,
     CorruptError,
@@ -22,8 +24,10 @@ from stillroom.cache.errors import (
     MismatchError,
     MissingError,
 )
+from stillroom.cache.shard import Shard
 from stillroom.cache.store import Cache
 from stillroom.cache.zarr_layout import OBJECT_NAME
+from stillroom.replay import stream as stream_module
 from stillroom.replay.batch import Batch, MicroBatch
 from stillroom.replay.plan import Plan
 from stillroom.replay.stream import ReplayConfig, ReplayStream
@@ -312,6 +316,23 @@ def test_little_memory_gives_the_same_batches(scored_cache: Cache, cached_bytes:
         blocks = little._reader._blocks.values()
         held = sum(array.nbytes for block in blocks for array in block.values())
         assert held <= cached_bytes or len(blocks) == 1
+
+
+def test_few_shards_are_open_at_once(scored_cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = take(open_stream(scored_cache), STEPS)
+    opened: list[weakref.ref[Shard]] = []
+
+    def open_shard(cache: Cache, commit: Commit) -> Shard:
+        shard = Shard(cache.storage, commit, cache.identity)
+        opened.append(weakref.ref(shard))
+        return shard
+
+    monkeypatch.setattr(Cache, "shard", open_shard)
+    monkeypatch.setattr(stream_module, "OPEN_SHARDS", 2)
+    follow(open_stream(scored_cache, cached_bytes=1), expected)
+    gc.collect()
+    assert len(opened) > 3, "all three parts are read, and one of them again"
+    assert sum(shard() is not None for shard in opened) <= 2
 
 
 def test_a_row_does_not_keep_its_block_in_memory(scored_cache: Cache) -> None:

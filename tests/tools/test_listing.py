@@ -1,5 +1,7 @@
 """`status` and `ls`: states, counts and bytes, without reading a shard."""
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,22 @@ def test_ls_knows_every_state(made_root: Path, run: Any) -> None:
     assert (scored["scorer_host"], scored["teacher_s"]) == ("made-up", 2.0)
     assert lines["4"]["positions"] is None
     assert lines["4"]["rollouts_bytes"] > 0
+
+
+def test_removed_shards_have_no_bytes(damaged: Path, run: Any) -> None:
+    then = time.time() - 2 * 86_400
+    for path in damaged.rglob("*"):
+        os.utime(path, (then, then))
+    retired = run("ls", damaged, "--json").json()[1]
+    assert (retired["state"], retired["stored_bytes"] > 0) == ("retired", True)
+    assert run("gc", damaged).status == 0
+    lines = run("ls", damaged, "--json").json()
+    assert [line["state"] for line in lines] == ["scored", "removed", "quarantined", "unscored"]
+    assert lines[1] == retired | {"state": "removed", "stored_bytes": 0, "rollouts_bytes": None}
+    (policy,) = run("status", damaged, "--json").json()["policies"]
+    assert (policy["retired"], policy["removed"]) == (0, 1)
+    assert policy["stored_bytes"] == lines[0]["stored_bytes"]
+    assert policy["teacher_s"] == 4.0, "the teacher was paid all the same"
 
 
 def test_ls_prints_one_line_a_part(made_root: Path, run: Any) -> None:

@@ -30,3 +30,19 @@ def test_work_is_done_once(tmp_path: Path) -> None:
     assert log.finished("a") is None
     log.run("a", work)
     assert len(calls) == 2
+
+
+def test_rollouts_that_were_retired_may_be_gone(tmp_path: Path) -> None:
+    """`gc` removes them; the stage that made them is not done again."""
+    storage = Storage(tmp_path / "root")
+    parts = [f"v000000-{unit:016x}" for unit in range(2)]
+    objects = [(str(tmp_path / "root"), f"rollouts/{part}.parquet") for part in parts]
+    for _, path in objects:
+        storage.put_new(path, b"1")
+    log = StageLog(tmp_path / "stages")
+    log.run("a", lambda: (objects, {}))
+    storage.delete(objects[0][1])
+    storage.put_new(f"retired/{parts[1]}.json", b"1")
+    assert log.finished("a") is None
+    storage.put_new(f"retired/{parts[0]}.json", b"1")
+    assert log.finished("a") is not None
