@@ -1,7 +1,7 @@
 # Needs Python 3.11 or newer (with venv and pip) and make; nothing is compiled. `make help` lists the targets.
 .POSIX:
 .SUFFIXES:
-.PHONY: help link venv install demo-packages demo test test-slow lint type build clean
+.PHONY: help link venv install demo-packages demo test test-slow fuzz lint type build clean
 
 PYTHON ?= python3
 VENV = .venv
@@ -12,6 +12,7 @@ help:
 	@echo 'install    make $(VENV) with the exact versions in constraints.txt (PYTHON=... picks the interpreter)'
 	@echo 'demo       prepare and run examples/quickstart'
 	@echo 'test       the quick tests;  test-slow: killed runs, and the quickstart on its real models'
+	@echo 'fuzz       damaged files of every kind read for FUZZ_SECONDS each (2); needs Linux on x86-64'
 	@echo 'lint       ruff check and format;  type: mypy strict'
 	@echo 'build      sdist and wheel in dist/'
 	@echo 'clean      remove what lint, type, test and build leave behind; keeps $(VENV)'
@@ -53,6 +54,10 @@ test: install
 
 test-slow: demo-packages
 	$(BIN)/pytest -m '(slow or e2e) and not gpu'
+
+FUZZ_SECONDS ?= 2
+fuzz: install
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 build: install
 	rm -rf dist

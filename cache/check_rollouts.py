@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stillroom.cache.errors import InputError
-from stillroom.cache.extra import ID, LOGPROB, extra_problems
+from stillroom.cache.extra import ID, LOGPROB, NO_PROBABILITY, extra_problems
 from stillroom.cache.lists import Lists, list_column
 from stillroom.cache.schema import FINISH_REASONS, SOURCES, USER_PREFIX
 
@@ -90,7 +90,7 @@ def _rules(table: pa.Table, vocab_size: int, max_length: int) -> Iterator[Rule]:
         if pa.types.is_list(table.schema.field(name).type):
             yield _length_rule(name, list_column(table[name]), completion)
     yield _mask_rule(list_column(table["scored"]))
-    yield _logprob_rule(list_column(table["behaviour_logprob"]))
+    yield from _logprob_rules(list_column(table["behaviour_logprob"]))
     read = np.where(own.lengths > 0, own.lengths, prompt.lengths) + completion.lengths
     yield read > max_length, lambda row: f"{read[row]} tokens; the teacher reads {max_length}"
 
@@ -126,5 +126,6 @@ def _mask_rule(scored: Lists) -> Rule:
     return ~scored.is_null & (~ones | others), lambda _: problem
 
 
-def _logprob_rule(logprob: Lists) -> Rule:
-    return logprob.any_in_row(logprob.values > 0), lambda _: "a behaviour logprob above 0"
+def _logprob_rules(logprob: Lists) -> Iterator[Rule]:
+    yield logprob.any_in_row(logprob.values > 0), lambda _: "a behaviour logprob above 0"
+    yield logprob.any_in_row(logprob.values == -np.inf), lambda _: NO_PROBABILITY

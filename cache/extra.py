@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from stillroom.cache.schema import UNUSED_ID, Arrays
 
 ID, LOGPROB = "extra_id", "extra_behaviour_logprob"
+NO_PROBABILITY = "a behaviour logprob of -inf in float32; unknown is NaN or null"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,8 @@ def _logprob_problems(ids: _Nested, logprobs: _Nested) -> list[tuple[int, str]]:
     if len(logprobs.values):
         above = pc.greater(logprobs.values, 0).fill_null(False)
         found += _at_rows(logprobs, _any_in(logprobs, above), "a behaviour logprob above 0")
+        never = pc.equal(logprobs.values, -np.inf).fill_null(False)
+        found += _at_rows(logprobs, _any_in(logprobs, never), NO_PROBABILITY)
     return found
 
 

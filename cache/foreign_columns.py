@@ -14,6 +14,8 @@ from stillroom.cache.schema import PART_SCHEMA, USER_PREFIX
 TOKEN = "token"
 IDS = pa.list_(pa.uint32())
 SHOWN = 60
+UNFIT = (pa.ArrowException, ValueError, TypeError, OverflowError)
+"""What Arrow and Python raise for a value of another type or size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ def cast_column(
         raise ShapeError(f"{where}, column {name!r}", kind.words, str(values.type), do)
     try:
         return _cast(values, kind), {}
-    except (pa.ArrowException, ValueError, TypeError, OverflowError):
+    except UNFIT:
         return _cast_each(name, values, kind)
 
 
@@ -132,12 +134,26 @@ def _cast_each(name: str, values: Iterable[Any], kind: Kind) -> tuple[pa.Array, 
         plain = value.as_py() if isinstance(value, pa.Scalar) else value
         try:
             out.append(_cast([plain], kind))
-        except (pa.ArrowException, ValueError, TypeError, OverflowError):
+        except UNFIT:
             shown = repr(plain)
             shown = shown if len(shown) <= SHOWN else shown[:SHOWN] + "..."
-            bad[row] = f"{name!r} is {shown}, not {kind.words}"
+            bad[row] = f"{name!r} is {shown}, {_misfit(plain, kind)}"
             out.append(pa.nulls(1, kind.target))
     return pa.concat_arrays(out), bad
+
+
+def _misfit(value: Any, kind: Kind) -> str:
+    """Why a value cannot be cast: it is of another type, or its type's values go further."""
+    target = kind.target
+    while is_list(target):
+        target = target.value_type
+    try:
+        fits = kind.fits(pa.array([value]).type)
+    except UNFIT:
+        fits = isinstance(value, int) and not kind.depth
+    if fits and FLOAT(target):
+        return "not exact as float32"
+    return f"out of {target}" if fits and kind.words == "an integer" else f"not {kind.words}"
 
 
 def _cast(values: pa.ChunkedArray | Sequence[Any], kind: Kind) -> pa.Array:

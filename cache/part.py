@@ -97,23 +97,21 @@ def encode_part(
     table = _cast(table)
     check_rows(table, meta.vocab_size, meta.name, max_length, max_extra)
     metadata = {METADATA_KEY: jsonfile.dump(asdict(meta)), HASH_KEY: NO_HASH}
-    sink = io.BytesIO()
-    with pq.ParquetWriter(
-        sink,
-        table.schema.remove_metadata(),
-        compression="zstd",
-        write_page_checksum=True,
-        store_schema=False,
-    ) as writer:
-        writer.add_key_value_metadata(metadata)
-        writer.write_table(table)
-    data = seal(sink.getvalue())
+    data = _write(table, metadata, compression="zstd")
     try:
         check_bounds(data, METADATA_KEYS)
-    except ValueError as error:
-        expected = "rollouts that readers take"
-        raise InputError(meta.name, expected, str(error), "Make smaller parts.") from error
+    except ValueError:  # too well compressed to be believed
+        data = _write(table, metadata, compression="none", use_dictionary=False)
     return data
+
+
+def _write(table: pa.Table, metadata: dict[bytes, bytes], **options: Any) -> bytes:
+    sink = io.BytesIO()
+    options |= {"write_page_checksum": True, "store_schema": False}
+    with pq.ParquetWriter(sink, table.schema.remove_metadata(), **options) as writer:
+        writer.add_key_value_metadata(metadata)
+        writer.write_table(table)
+    return seal(sink.getvalue())
 
 
 def decode_part(data: bytes, where: str) -> tuple[pa.Table, PartMeta]:
@@ -128,6 +126,7 @@ def decode_part(data: bytes, where: str) -> tuple[pa.Table, PartMeta]:
     try:
         check_bounds(data, METADATA_KEYS)
         table = read_parquet(data)
+        table.validate(full=True)
         raw = (table.schema.metadata or {})[METADATA_KEY]
         table = _cast(table)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:

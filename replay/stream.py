@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from stillroom.cache.errors import ConfigError, InputError, MismatchError
+from stillroom.cache.errors import ConfigError, CorruptError, InputError, MismatchError
 from stillroom.cache.schema import EDGE_OF, Arrays, Axis, column_of
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
@@ -121,6 +121,7 @@ class ReplayStream:
 
         Raises:
             MismatchError: the state belongs to another snapshot, seed or order.
+            CorruptError: it names no place in that order.
         """
         mine = self.state()
         fixed = [key for key in mine if key not in ("epoch", "first")]
@@ -132,7 +133,13 @@ class ReplayStream:
                 ", ".join(f"{key} = {state.get(key)!r}" for key in differing),
                 "Resume with the snapshot and settings of the run that saved it.",
             )
-        self._epoch, self._first = state["epoch"], state["first"]
+        epoch, first = state.get("epoch"), state.get("first")
+        at_row = type(first) is int and 0 <= first < self._snapshot.rows
+        if not (type(epoch) is int and epoch >= 0 and at_row):
+            expected = f"an epoch, and a row below {self._snapshot.rows}"
+            do = "Resume from another checkpoint."
+            raise CorruptError("stream state", expected, f"{epoch!r:.40} and {first!r:.40}", do)
+        self._epoch, self._first = epoch, first
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches without end, epoch after epoch."""

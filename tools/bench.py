@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from stillroom.tools.bench_store import Figures
 
 STORE_COLUMNS = ("store", "B/position", "write M/s", "read M/s", "of the limit", "random ms")
+NOTE = (
+    "Stillroom's stores hold every column and check every byte; the others hold six columns and"
+    " check none. Hugging Face datasets and litdata unpack a copy before they read at random."
+)
 OPEN_COLUMNS = ("shards", "first snapshot s", "next s", "open s", "memory MiB", "file MiB")
 
 
@@ -63,6 +67,8 @@ def run_bench(job: Bench) -> int:
         return 0
     say(f"{sample.positions:,} positions at K = {sample.identity.topk}, {sample.source}")
     _stores(figures)
+    if job.peers:
+        say(NOTE)
     columns = figures[0].columns or {}
     largest = sorted(columns.items(), key=lambda item: -item[1])[:8]
     say("bytes a position, zarr: " + ", ".join(f"{name} {size:.1f}" for name, size in largest))

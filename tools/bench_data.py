@@ -40,7 +40,8 @@ def from_cache(cache: Cache, positions: int) -> Sample:
         InputError: no part is scored.
     """
     parts: list[Arrays] = []
-    for part, n in sorted(cache.commits().items()):
+    live = {part: n for part, n in cache.commits().items() if part not in cache.retired()}
+    for part, n in sorted(live.items()):
         commit = read_commit(cache.storage, commit_path(part, n))
         parts.append(cache.shard(commit).all_rows())
         if sum(len(p["sampled_logprob"]) for p in parts) >= positions:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -53,9 +54,10 @@ def _parquet(path: Path) -> Iterator[Batch]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
+                batch.validate(full=True)
                 yield pa.Table.from_batches([batch]), np.arange(start, start + len(batch))
                 start += len(batch)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         do = "Write it again."
         raise InputError(str(path), "a Parquet file", first_line(error), do) from error
 
@@ -67,7 +69,7 @@ def _json_lines(path: Path) -> Iterator[Batch]:
             while lines := list(islice(file, BATCH_ROWS)):
                 yield [_parsed(line) for line in lines], np.arange(start, start + len(lines))
                 start += len(lines)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(
             str(path), "lines of JSON", first_line(error), "Write it again."
         ) from error

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stillroom.cache import jsonfile
+from stillroom.cache.errors import CorruptError
 from stillroom.cache.storage import Storage
 from stillroom.cache.store import part_path, retired_path
 from stillroom.train.durable import write_file
@@ -45,12 +46,20 @@ class StageLog:
         self._folder = folder
 
     def finished(self, name: str) -> StageRecord | None:
-        """The record of a stage whose objects are all there, or None."""
+        """The record of a stage whose objects are all there, or None.
+
+        Raises:
+            CorruptError: there is a record, but it is damaged.
+        """
         path = self._folder / f"{name}.json"
         if not path.is_file():
             return None
         value = jsonfile.load(path.read_bytes(), str(path))
-        value["objects"] = tuple((root, at) for root, at in value["objects"])
+        try:
+            value["objects"] = tuple((root, at) for root, at in value["objects"])
+        except (KeyError, TypeError, ValueError) as error:
+            do = "Delete it: the stage is done again."
+            raise CorruptError(str(path), "the record of a stage", repr(error), do) from error
         record: StageRecord = jsonfile.build(StageRecord, value, str(path))
         return record if all(_is_kept(Storage(root), at) for root, at in record.objects) else None
 

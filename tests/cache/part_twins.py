@@ -35,6 +35,8 @@ def problem_of(item: dict[str, Any]) -> str | None:
         return "a 'scored' mask with no 1, or with other values than 0 and 1"
     if any(v is not None and v > 0 for v in item["behaviour_logprob"] or []):
         return "a behaviour logprob above 0"
+    if -np.inf in (item["behaviour_logprob"] or []):
+        return "a behaviour logprob of -inf in float32; unknown is NaN or null"
     length = len(item["teacher_prompt"] or prompt) + len(completion)
     if length > TWIN_MAX_LENGTH:
         return f"{length} tokens; the teacher reads {TWIN_MAX_LENGTH}"
@@ -52,7 +54,8 @@ def extra_is_bad(item: dict[str, Any]) -> bool:
         return True
     if logprobs is None:
         return False
-    if len(logprobs) != len(ids) or any(v is not None and v > 0 for e in logprobs for v in e or []):
+    given = [v for e in logprobs for v in e or [] if v is not None]
+    if len(logprobs) != len(ids) or any(v > 0 or v == -np.inf for v in given):
         return True
     return any(e and len(e) != len(i or []) for e, i in zip(logprobs, ids, strict=True))
 
@@ -109,10 +112,12 @@ def _rollouts(draw: st.DrawFn, bad: bool) -> dict[str, Any]:
         good = draw(st.none() | st.lists(values, min_size=n, max_size=n))
         return [broken] * n if good is not None and chance() else good
 
-    logprob = st.floats(max_value=0, width=32) | st.just(float("nan")) | st.none()
+    logprob = st.floats(max_value=0, width=32, allow_infinity=bad)
+    logprob = logprob | st.just(float("nan")) | st.none()
     entries = st.none() | st.lists(st.integers(0, VOCAB - 1), max_size=TWIN_MAX_EXTRA)
     extra = per_token(entries, [VOCAB])
-    beside = [None if e is None else [-1.0] * len(e) for e in extra or []]
+    value = -np.inf if chance() else -1.0
+    beside = [None if e is None else [value] * len(e) for e in extra or []]
     mask = per_token(st.integers(0, 1), 2)
     keep_mask = mask is not None and (any(mask) or chance())
     return make_rollout(

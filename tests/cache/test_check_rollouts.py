@@ -63,6 +63,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "few logprobs": ({"behaviour_logprob": [-1.0]}, "1 values of 'behaviour_logprob'"),
     "a positive logprob": ({"behaviour_logprob": [-1.0, 1e-3]}, "a behaviour logprob above 0"),
     "an infinite logprob": ({"behaviour_logprob": [-1.0, np.inf]}, "a behaviour logprob above 0"),
+    "no probability": ({"behaviour_logprob": [-1.0, -np.inf]}, "a behaviour logprob of -inf"),
     "another finish": ({"finish_reason": "tired"}, "finish_reason 'tired'"),
     "another source": ({"source": "me"}, "source 'me'"),
 }

@@ -21,6 +21,7 @@ BAD: list[tuple[Any, str]] = [
     (ROW | {"completion": [3, VOCAB]}, f"token id {VOCAB}, but the vocabulary has {VOCAB}"),
     (ROW | {"completion": [3] * 5}, "7 tokens; the teacher reads 6"),
     (ROW | {"behaviour_logprob": [-1.0, np.inf]}, "a behaviour logprob above 0"),
+    (ROW | {"behaviour_logprob": [-1.0, -1e300]}, "a behaviour logprob of -inf in float32"),
     (ROW | {"behaviour_logprob": [-1.0]}, "1 values of 'behaviour_logprob' for 2 completion"),
     (ROW | {"scored": [0, 0]}, "a 'scored' mask with no 1"),
     (ROW | {"rollout_id": 7}, "a rollout_id that an earlier row has, 7"),

@@ -71,7 +71,6 @@ def test_what_fits_is_cast(name: str, values: Any, expected: list[Any]) -> None:
         ("finish_reason", 1, "a string"),
         ("group", -1, "an integer from 0, or a string"),
         ("sample_index", 0.5, "an integer"),
-        ("policy_version_min", 2**31, "an integer"),
         ("ends_with_stop", 1, "true or false"),
         ("extra_id", [1], "a list of token ids for each token"),
     ],
@@ -84,6 +83,26 @@ def test_a_value_that_does_not_fit_is_named(name: str, value: Any, words: str) -
     assert values[1] is None
     assert values[0] == values[2] == fine
     assert bad == {1: f"{name!r} is {value!r}, not {words}"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("policy_version_min", 2**31, "out of int32"),
+        ("policy_version_max", 2**70, "out of int32"),
+        ("sample_index", -1, "out of uint32"),
+        ("x_a", 2**24 + 1, "not exact as float32"),
+        ("x_a", 2**70 + 1, "not exact as float32"),
+        ("x_a", [2**24 + 1], "not exact as float32"),
+        ("behaviour_logprob", [-(2**24) - 1], "not exact as float32"),
+    ],
+)
+def test_a_value_of_the_right_type_that_is_too_large_is_named(
+    name: str, value: Any, reason: str
+) -> None:
+    assert cast(name, [None, value]) == ([None, None], {1: f"{name!r} is {value!r}, {reason}"})
+    if abs(value if isinstance(value, int) else value[0]) < 2**63:
+        assert cast(name, pa.array([None, value]))[1] == {1: f"{name!r} is {value!r}, {reason}"}
 
 
 def test_long_values_are_cut_in_messages() -> None:

@@ -114,6 +114,18 @@ def test_a_flipped_bit_anywhere_is_found_before_anything_is_parsed() -> None:
             decode_part(bytes(damaged), "here")
 
 
+def test_a_part_that_compresses_too_well_is_written_without_compression() -> None:
+    rows = [make_rollout(rollout_id=i, completion=[4] * 100_000) for i in range(30)]
+    table = make_table(rows)
+    data = encode_part(table, META)
+    assert len(data) > 30 * 4 * 100_000
+    found, meta = decode_part(data, "here")
+    assert found["completion"].combine_chunks().flatten().value_counts().to_pylist() == [
+        {"values": 4, "counts": 3_000_000}
+    ]
+    assert meta == META
+
+
 def test_the_hash_is_of_the_file_with_zeros_in_its_place() -> None:
     data = encode_part(random_rollouts(1, 50), META)
     stored = re.findall(rb"stillroom_hash..([0-9a-f]{32})", data, re.DOTALL)

@@ -1,9 +1,9 @@
 """The small files of a cache: identity, commits, marks, plans, and what runs leave."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from stillroom.cache import jsonfile
@@ -14,6 +14,7 @@ from stillroom.cache.identity import Identity
 from stillroom.cache.pins import read_pin
 from stillroom.cache.quarantine import damaged_commits, quarantine_path
 from stillroom.cache.store import Cache
+from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec
 from stillroom.replay.cycle import Cycle
 from stillroom.replay.policies import read_policy
 from stillroom.tools.findings import Report
@@ -47,7 +48,7 @@ def _verified(kind: str, read: Callable[[Cache, str], object], data: bytes) -> N
     verify_file(changed, kind, path, Report())
 
 
-def _nothing(cache: Cache, path: str) -> None:
+def _nothing(own: Cache, path: str) -> None:
     """No other reader."""
 
 
@@ -69,7 +70,7 @@ def _read_commit(data: bytes) -> None:
             identity=own.identity.digest(),
             manifest_hash=live.manifest_hash,
         )
-        attempt(lambda commit=changed, cache=own: cache.shard(commit).all_rows())
+        attempt(lambda commit=changed, at=own: at.shard(commit).all_rows())
 
 
 def _read_row_table(data: bytes) -> None:
@@ -97,23 +98,37 @@ def _read_quarantine(data: bytes) -> None:
     damaged_commits(changed.storage, {(DAMAGED, 0)})
 
 
-def _read_pin(cache: Cache, path: str) -> None:
-    read_pin(cache.storage, path)
+def _read_pin(own: Cache, path: str) -> None:
+    read_pin(own.storage, path)
 
 
-def _take(cache: Cache, path: str) -> None:
-    Claims(cache.storage).take(path.removeprefix("claims/").removesuffix(".json"))
+def _take(own: Cache, path: str) -> None:
+    Claims(own.storage).take(path.removeprefix("claims/").removesuffix(".json"))
 
 
-def _read_policy(cache: Cache, path: str) -> None:
-    read_policy(cache.storage, 0)
+def _read_policy(own: Cache, path: str) -> None:
+    read_policy(own.storage, 0)
 
 
-def _check_canary(cache: Cache, path: str) -> None:
+class _Remembers(FakeTeacher):
+    """Scores the canary once."""
+
+    def score(self, rows: Sequence[ScoreRow], spec: ScoreSpec) -> Iterator[tuple[int, RowScores]]:
+        """See `teacher.Teacher`."""
+        if not self.read:
+            self.scores = list(super().score(rows, spec))
+        return iter(self.scores)
+
+
+@cache
+def _teacher(numeric_class: str) -> FakeTeacher:
+    return _Remembers(numeric_class=numeric_class)
+
+
+def _check_canary(own: Cache, path: str) -> None:
     """The canary of the teacher's own numeric class, and of another one."""
     for numeric_class in ("fake-1-float32-cpu", "other"):
-        teacher = FakeTeacher(numeric_class=numeric_class)
-        attempt(partial(check_canary, cache, teacher, accept_numerics=True))
+        attempt(partial(check_canary, own, _teacher(numeric_class), accept_numerics=True))
 
 
 def _canaries() -> list[bytes]:
@@ -127,8 +142,8 @@ def _head(value: Any) -> Any:
     return value[:3] if isinstance(value, list) else value
 
 
-def _read_plan(cache: Cache, path: str) -> None:
-    for unit in Cycle.from_json(cache.storage.get(path), path).units:
+def _read_plan(own: Cache, path: str) -> None:
+    for unit in Cycle.from_json(own.storage.get(path), path).units:
         assert len(unit.id) == 16
 
 

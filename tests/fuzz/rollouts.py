@@ -1,10 +1,16 @@
 """Files that are Parquet tables: parts and snapshots."""
 
+import io
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import pyarrow.parquet as pq
+
+from stillroom.cache import jsonfile
 from stillroom.cache.check_rollouts import check_rows
-from stillroom.cache.part import decode_part
+from stillroom.cache.parquet_seal import HASH_KEY, NO_HASH, seal
+from stillroom.cache.part import METADATA_KEY, decode_part
 from stillroom.cache.part_arrays import part_arrays
 from stillroom.cache.rows import score_rows
 from stillroom.cache.snapshot_file import decode_commits
@@ -18,6 +24,21 @@ from tests.fuzz.marks import samples
 from tests.fuzz.memory import MemoryStorage, small_cache
 from tests.fuzz.mutate import mutate_bytes, mutate_footer
 from tests.tools.small_cache import UNSCORED
+
+
+def _parts() -> list[bytes]:
+    """A part as it is written, and one without compression and checksums, whose pages are reached
+    by any change."""
+    [first, *_] = samples("rollouts")
+    table, meta = decode_part(first, "part")
+    sink = io.BytesIO()
+    plain = {"compression": "none", "store_schema": False}
+    with pq.ParquetWriter(sink, table.schema.remove_metadata(), **plain) as writer:
+        writer.add_key_value_metadata(
+            {METADATA_KEY: jsonfile.dump(asdict(meta)), HASH_KEY: NO_HASH}
+        )
+        writer.write_table(table)
+    return [first, seal(sink.getvalue())]
 
 
 def _read_part(data: bytes) -> None:
@@ -46,7 +67,7 @@ def _footers() -> list[bytes]:
 
 
 KINDS: dict[str, tuple[Any, ...]] = {
-    "part": (lambda: samples("rollouts")[:2], _read_part, mutate_footer, sealed_parquet),
+    "part": (_parts, _read_part, mutate_footer, sealed_parquet),
     "snapshot": (partial(samples, "snapshots"), _read_snapshot, mutate_footer, sealed_parquet),
     "thrift": (_footers, _read_thrift, mutate_bytes),
 }

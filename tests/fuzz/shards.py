@@ -49,8 +49,12 @@ def _read_manifest(form: str, data: bytes) -> None:
     changed = with_objects(small_cache(form), {_manifest_path(form): data})
     commit = replace(changed.commit_of(LIVE), manifest_hash=jsonfile.digest(data))
     attempt(lambda: _read_shard(changed, commit))
-    rollouts = Rollouts(*changed.read_part(LIVE))
-    verify_shard(changed, commit, rollouts, Report(), deep=True)
+    verify_shard(changed, commit, _rollouts(form), Report(), deep=True)
+
+
+@cache
+def _rollouts(form: str) -> Rollouts:
+    return Rollouts(*small_cache(form).read_part(LIVE))
 
 
 def _read_shard(changed: Cache, commit: Commit) -> None:

@@ -19,6 +19,7 @@ from stillroom.cache.score import ScoreReport, score
 from stillroom.cache.store import Cache
 from stillroom.tools.repair import repair
 from stillroom.tools.verify import verify
+from tests.cache.crash_child import no_fsync
 from tests.cache.fakes import FakeTeacher, make_identity, make_meta, random_rollouts, same_bits
 from tests.integration.faulty_storage import FORMS, FaultyStorage
 
@@ -68,6 +69,7 @@ JOBS: dict[str, Callable[[Cache], object]] = {
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", no_fsync)
     monkeypatch.setattr(commits_module, "BACKOFF_S", 0.0)
     monkeypatch.setattr(score_module, "Claims", NoClaims)
 
@@ -142,7 +144,7 @@ def fail_each_call(
     while True:
         point += step
         form = FORMS[(point // step + run) % 2]
-        root = folder / f"{job}-{rival}-{point}"
+        root = folder / f"{job}-{rival}-{run}-{point}"
         shutil.copytree(start, root)
         first = (root / f"commits/v000000/{DONE}.0.json").read_bytes()
         storage = FaultyStorage(str(root), point, form, lambda root=root: RIVALS[rival](root))  # type: ignore[misc]

@@ -1,5 +1,6 @@
 """The reader in examples/independent_reader, which shares no code with us, reads what we write."""
 
+import json
 import runpy
 import subprocess
 import sys
@@ -67,6 +68,18 @@ def with_dtypes(arrays: Arrays) -> Arrays:
     """`Shard.rows` gives edges as int64, which it has summed from the commit."""
     edges = {name: a.astype(np.uint64) for name, a in arrays.items() if name.endswith("_start")}
     return arrays | edges
+
+
+@pytest.mark.parametrize("shard_format", FORMATS)
+def test_reads_the_golden_caches(shard_format: str, read_part: ReadPart) -> None:
+    expected = json.loads((GOLDEN / f"v1-{shard_format}.json").read_bytes())
+    for part, arrays in expected["arrays"].items():
+        found = read_part(GOLDEN / f"v1-{shard_format}", part)
+        encoded = {
+            name: [f"{array.dtype}", [*array.shape], array.tobytes().hex()]
+            for name, array in found.items()
+        }
+        assert encoded == arrays
 
 
 @pytest.mark.parametrize("shard_format", FORMATS)

@@ -30,12 +30,13 @@ Change = Callable[[dict[str, Any]], object]
 def make_cache(root: Path, shard_format: str, *, parts: int = 2) -> Cache:
     """Scored parts with a mass cut-off, draws from the tail and user columns, and a snapshot."""
     identity = make_identity(
-        shard_format=shard_format, mass=0.9, extra=2, extra_kind="tail", max_length=64
+        shard_format=shard_format, mass=0.3, extra=2, extra_kind="tail", max_length=64
     )
     cache = Cache.create(root, identity)
     for number in range(parts):
         cache.add_part(rollouts(number), make_meta(number))
     score(cache, FakeTeacher())
+    assert (cache.read(LIVE)["topk_count"] < identity.topk).any(), "the cut-off leaves entries out"
     cache.snapshot()
     return cache
 

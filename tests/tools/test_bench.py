@@ -41,6 +41,7 @@ def test_it_measures_made_up_scores(run: Any) -> None:
         assert min(row["read_positions_s"], row["write_positions_s"], row["random_ms"]) > 0
     (opening,) = value["openings"]
     assert opening["commits"] == 3
+    assert min(opening["open_mb"], opening["snapshot_mb"], opening["open_s"]) > 0
 
 
 def test_it_measures_a_caches_own_scores(made_root: Path, run: Any) -> None:

@@ -1,0 +1,115 @@
+"""What a Parquet file says of its sizes is believed only where it can be so."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stillroom.cache.parquet_bounds import check_bounds
+from stillroom.cache.part import METADATA_KEYS, encode_part
+from stillroom.cache.plain_parquet import read_footer
+from stillroom.cache.thrift_reader import read_struct
+from stillroom.cache.thrift_writer import varint
+from tests.cache.fakes import make_meta, random_rollouts
+
+DATA = encode_part(random_rollouts(0, 20), make_meta())
+ROWS = 4_000_000
+
+
+def written(table: pa.Table, **options: Any) -> bytes:
+    """A file of a table."""
+    sink = io.BytesIO()
+    plain = {"compression": "zstd", "store_schema": False}
+    pq.write_table(table, sink, **plain | options)
+    return sink.getvalue()
+
+
+def with_footer(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
+    """A file with another footer."""
+    size = int.from_bytes(data[-8:-4], "little")
+    footer = change(data[-8 - size : -8])
+    return data[: -8 - size] + footer + len(footer).to_bytes(4, "little") + data[-4:]
+
+
+def refused(data: bytes, why: str) -> None:
+    """Check that a file is refused."""
+    with pytest.raises(ValueError, match=why):
+        check_bounds(data, METADATA_KEYS)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "none"}, {"use_dictionary": False}])
+def test_plain_files_pass(options: dict[str, Any]) -> None:
+    check_bounds(DATA, METADATA_KEYS)
+    table = random_rollouts(0, 2000)
+    check_bounds(written(table, row_group_size=300, data_page_size=200, **options), ())
+    check_bounds(written(table.slice(0, 0), **options), ())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.nulls(ROWS, pa.list_(pa.uint32())),
+        pa.array(np.zeros(ROWS, np.uint8)),
+        pa.array(["x" * 100_000] * 1000),
+        pa.DictionaryArray.from_arrays(np.zeros(30_000, np.int32), ["x" * 1000]),
+    ],
+    ids=["null lists", "one value", "one long string", "one string often"],
+)
+def test_a_small_file_that_becomes_large(values: pa.Array) -> None:
+    data = written(pa.table({"a": values}))
+    assert len(data) < 1 << 16
+    refused(data, "far more than the file")
+
+
+@pytest.mark.parametrize("codec", ["snappy", "gzip", "lz4", "brotli"])
+def test_other_codecs(codec: str) -> None:
+    refused(written(random_rollouts(0, 3), compression=codec), "codec")
+
+
+def test_other_metadata() -> None:
+    refused(written(random_rollouts(0, 3), store_schema=True), "ARROW:schema")
+    with pytest.raises(ValueError, match="stillroom"):
+        check_bounds(DATA, ())
+
+
+def test_other_pages() -> None:
+    refused(written(random_rollouts(0, 3), data_page_version="2.0"), "page of type 3")
+
+
+def test_counts_that_disagree() -> None:
+    rows = read_footer(DATA)[3]
+    for other in (rows + 1, rows - 1):
+        old, new = b"\x16" + varint(2 * rows) + b"\x19", b"\x16" + varint(2 * other) + b"\x19"
+        refused(with_footer(DATA, lambda f, a=old, b=new: f.replace(a, b, 1)), "rows in row groups")
+
+
+def test_deep_and_broken_schemas() -> None:
+    deep = pa.array([[[[[[[1]]]]]]])
+    refused(written(pa.table({"a": deep})), "no tree")
+    refused(with_footer(DATA, lambda f: f.replace(b"\x15\x22\x00", b"\x15\x20\x00", 1)), "no tree")
+    refused(with_footer(DATA, lambda f: f.replace(b"\x15\x22\x00", b"\x15\x24\x00", 1)), "ends")
+
+
+def test_pages_that_are_cut_off() -> None:
+    """A column that says to be longer than the file, and one that ends within a page."""
+    footer = read_footer(DATA)
+    chunk = footer[4][0][1][0][3]
+    sizes = varint(2 * chunk[5]), varint(2 * chunk[6]), varint(2 * chunk[7])
+    whole = b"\x16" + b"\x16".join(sizes)
+    for size, why in ((2**31, "a column of"), (chunk[7] - 1, "a page of type")):
+        new = b"\x16" + b"\x16".join([*sizes[:2], varint(2 * size)])
+        refused(with_footer(DATA, lambda f, b=new: f.replace(whole, b, 1)), why)
+
+
+def test_a_page_that_claims_more_than_the_file_may_become() -> None:
+    start = len(b"PAR1")
+    header, _ = read_struct(DATA, start)
+    old = b"\x15" + varint(2 * header[2])
+    assert DATA[start + 2 :].startswith(old)
+    new = b"\x15" + varint(2 * (1 << 30))
+    data = DATA[: start + 2] + new + DATA[start + 2 + len(old) :]
+    refused(data, "far more|column of|cut off")
