@@ -3,9 +3,8 @@ rollouts always give the same parts."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +13,11 @@ import pyarrow as pa
 from stillroom.cache import jsonfile
 from stillroom.cache.checked_rollouts import CheckedRollouts
 from stillroom.cache.content_hash import content_hash
-from stillroom.cache.errors import ConfigError, MismatchError
+from stillroom.cache.errors import ConfigError
 from stillroom.cache.fill_rollouts import fill_rollouts, name_rollouts, positions
 from stillroom.cache.part import PartMeta
 from stillroom.cache.progress import Progress
+from stillroom.cache.rollout_ids import Claims, ComparedRollouts, compare_ids
 
 if TYPE_CHECKING:
     from stillroom.cache.store import Cache
@@ -32,7 +32,7 @@ class PlannedParts:
     new: list[tuple[pa.Table, PartMeta]]
     """Parts to write."""
     present: list[str]
-    """Names of those that are there already."""
+    """Names of those that are there already, whole or with some of the rollouts."""
     left_out: list[tuple[int, str]]
     """Numbers of the rows that were left out, and why."""
 
@@ -44,7 +44,7 @@ class AddReport:
     added: list[str] = field(default_factory=list)
     """Parts that were written."""
     present: list[str] = field(default_factory=list)
-    """Parts that were there already, with the same rollouts."""
+    """Parts that were there already, with the same rollouts or some of them."""
     rollouts: int = 0
     """Rollouts in the parts that were written."""
     positions: int = 0
@@ -55,41 +55,75 @@ class AddReport:
 
 def plan_parts(
     cache: "Cache",
-    rollouts: CheckedRollouts,
+    files: Sequence[CheckedRollouts],
     *,
     policy_version: int | None = None,
     sampler: dict[str, Any] | None = None,
     positions_per_part: int = PART_POSITIONS,
-) -> PlannedParts:
-    """Cut checked rollouts into parts, and see which are there; see `Cache.add_rollouts`.
+    skip_bad: bool = False,
+) -> list[PlannedParts]:
+    """Cut checked rollouts into parts, file by file, and see which are there; see
+    `Cache.add_rollouts`.
 
     Raises:
         ConfigError: a setting is out of range.
+        InputError: another rollout has the id of a row, which is named.
         MismatchError: the rollouts are there, of another policy or sampler.
     """
     settings = {"temperature": None} if sampler is None else sampler
     _check_settings(policy_version, settings, positions_per_part)
+    claims = Claims(policy_version, settings)
+    compared = compare_ids(cache, files, claims, skip_bad=skip_bad)
     stored = cache.parts()
     there = {name[-16:]: name for name in (*cache.retired(), *stored)}
-    filled = fill_rollouts(rollouts.table, policy_version)
-    plan, start = PlannedParts([], [], rollouts.left_out), 0
-    parts = _cut(rollouts.table, positions_per_part)
-    for part, unit in zip(parts, _units(parts), strict=True):
-        meta = PartMeta(
-            policy_version=policy_version or 0,
-            unit=unit,
-            tokenizer_fingerprint=cache.identity.tokenizer_fingerprint,
-            vocab_size=cache.identity.vocab_size,
-            sampler=settings,
-        )
+    return [_plan(cache, one, claims, positions_per_part, there, stored) for one in compared]
+
+
+def _plan(
+    cache: "Cache",
+    compared: ComparedRollouts,
+    claims: Claims,
+    positions_per_part: int,
+    there: Mapping[str, str],
+    stored: Collection[str],
+) -> PlannedParts:
+    """Parts of one file: `there` is what the cache has or had, by unit, and `stored` what it has.
+
+    Parts are cut before rows that are held are left out, so that two imports of a file at once cut
+    it alike.
+    """
+    table, holder = compared.rollouts.table, compared.holder
+    parts = _cut(table, positions_per_part)
+    units = _units(table.take(rows) for rows in parts)
+    name = jsonfile.digest("/".join(units).encode())
+    filled = fill_rollouts(table, claims.policy_version, name)
+    new, present = list[tuple[pa.Table, PartMeta]](), dict[str, None]()
+    for rows, whole in zip(parts, units, strict=True):
+        left = rows[holder[rows] == ""]
+        present |= dict.fromkeys(name for name in holder[rows] if name)
+        if not len(left):
+            continue
+        (unit,) = [whole] if len(left) == len(rows) else _units([table.take(left)])
         if unit not in there:
-            plan.new.append((name_rollouts(filled.slice(start, len(part)), unit), meta))
-        else:
-            plan.present.append(there[unit])
-            if there[unit] in stored:
-                _check_same(cache, there[unit], meta, rollouts.where)
-        start += len(part)
-    return plan
+            meta = _meta(cache, claims, unit)
+            new.append((name_rollouts(filled.take(left), unit), meta))
+            continue
+        part = there[unit]
+        present[part] = None
+        if part in stored:
+            held, known, _ = cache.read_part(part)
+            claims.check(compared.rollouts.where, part, known, held, filled.take(left))
+    return PlannedParts(new, list(present), compared.rollouts.left_out)
+
+
+def _meta(cache: "Cache", claims: Claims, unit: str) -> PartMeta:
+    return PartMeta(
+        policy_version=claims.policy_version or 0,
+        unit=unit,
+        tokenizer_fingerprint=cache.identity.tokenizer_fingerprint,
+        vocab_size=cache.identity.vocab_size,
+        sampler=claims.sampler,
+    )
 
 
 def add_parts(cache: "Cache", plan: PlannedParts) -> AddReport:
@@ -128,12 +162,19 @@ def _check_settings(
         raise ConfigError("sampler", "what JSON can hold", str(error), do) from error
 
 
-def _cut(table: pa.Table, positions_per_part: int) -> list[pa.Table]:
-    """Runs of rows of about that many positions; the last may have fewer."""
+def _cut(table: pa.Table, positions_per_part: int) -> list[np.ndarray]:
+    """Rows of each part, of about that many positions; the last may have fewer. Rows with an id and
+    rows without share none: the former are known again one by one, the latter by their part."""
     counts = positions(table)
-    part = (np.cumsum(counts) - counts) // positions_per_part
-    starts = [0, *(np.flatnonzero(np.diff(part)) + 1).tolist(), len(table)]
-    return [table.slice(a, b - a) for a, b in pairwise(starts)]
+    has_id = np.zeros(len(table), bool)
+    if "rollout_id" in table.column_names:
+        has_id = table["rollout_id"].is_valid().to_numpy()
+    parts = []
+    for rows in (np.flatnonzero(has_id), np.flatnonzero(~has_id)):
+        part = (np.cumsum(counts[rows]) - counts[rows]) // positions_per_part
+        runs = np.split(rows, np.flatnonzero(np.diff(part)) + 1)
+        parts += [run for run in runs if len(run)]
+    return parts
 
 
 def _units(parts: Iterable[pa.Table]) -> list[str]:
@@ -146,13 +187,3 @@ def _units(parts: Iterable[pa.Table]) -> list[str]:
         again = jsonfile.digest(f"{unit}/{seen[unit]}".encode())
         units.append((unit if seen[unit] == 1 else again)[:16])
     return units
-
-
-def _check_same(cache: "Cache", part: str, meta: PartMeta, where: str) -> None:
-    """The same rollouts must not be there with other claims about their sampling."""
-    _, known, _ = cache.read_part(part)
-    mine, theirs = (meta.policy_version, meta.sampler), (known.policy_version, known.sampler)
-    if mine != theirs:
-        expected = f"policy and sampler {theirs}, with which {part} holds the same rollouts"
-        do = "Import them with those settings, or into another cache."
-        raise MismatchError(where, expected, f"{mine}", do)

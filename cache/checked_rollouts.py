@@ -1,6 +1,6 @@
 """Rollouts from elsewhere, checked row by row before anything is written."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,33 @@ class CheckedRollouts:
     """The file or table, for messages."""
     table: pa.Table
     """What was given: columns with a part's types, null where something is left open."""
+    number: np.ndarray
+    """(rows,) int64: the number of each row in the file or table."""
     left_out: list[tuple[int, str]]
-    """Numbers of the rows that cannot be scored, and why."""
+    """Numbers of the rows that cannot be taken, and why."""
+
+    def without(self, problems: Mapping[int, str], *, skip_bad: bool) -> "CheckedRollouts":
+        """Leave out rows, or refuse the first.
+
+        Args:
+            problems: index in the table and reason of each row that cannot be taken.
+            skip_bad: leave them out.
+
+        Raises:
+            InputError: there is such a row, and is named; or no other.
+        """
+        wrong = ((int(self.number[row]), problem) for row, problem in problems.items())
+        left_out = sorted([*self.left_out, *wrong])
+        if left_out and not skip_bad:
+            number, problem = left_out[0]
+            more = f" (and {len(left_out) - 1:,} more such rows)" if len(left_out) > 1 else ""
+            raise unusable_row(self.where, number, problem + more)
+        keep = np.delete(np.arange(len(self.number)), list(problems))
+        if not len(keep):
+            got = f"none of {len(left_out):,} rows" if left_out else "none"
+            expected = "at least one rollout that can be scored"
+            raise InputError(self.where, expected, got, "Add rollouts.")
+        return CheckedRollouts(self.where, self.table.take(keep), self.number[keep], left_out)
 
 
 def check_rollouts(
@@ -49,16 +74,8 @@ def check_rollouts(
     """
     rows = read_rows(batches, where)
     found = _problems(rows.table, identity) if len(rows.table) else {}
-    left_out = sorted([*rows.bad, *((int(rows.number[row]), p) for row, p in found.items())])
-    if left_out and not skip_bad:
-        number, problem = left_out[0]
-        more = f" (and {len(left_out) - 1:,} more such rows)" if len(left_out) > 1 else ""
-        raise unusable_row(where, number, problem + more)
-    good = rows.table.take(np.delete(np.arange(len(rows.table)), list(found)))
-    if not len(good):
-        got = f"none of {len(left_out):,} rows" if left_out else "none"
-        raise InputError(where, "at least one rollout that can be scored", got, "Add rollouts.")
-    return CheckedRollouts(where, good, left_out)
+    given = CheckedRollouts(where, rows.table, rows.number, rows.bad)
+    return given.without(found, skip_bad=skip_bad)
 
 
 def one_batch(data: Any, where: str) -> tuple[Rows, np.ndarray]:

@@ -34,7 +34,7 @@ def random_shard(
     teacher_prompts: bool = True,
     user_columns: bool = False,
 ) -> Arrays:
-    """Every column of a shard, as `schema.check_arrays` wants it.
+    """Every column of a shard, as `check_arrays` wants it.
 
     Args:
         seed: equal seeds give equal arrays.

@@ -1,7 +1,8 @@
 """What rollouts from elsewhere leave open, and what they must not contradict.
 
 A row that says nothing else is of an unknown policy, from an import, finished for an unknown reason
-and without a stop token; rows with equal prompts are a group, numbered in their order.
+and without a stop token; rows of one import with equal prompts are a group, numbered in their
+order.
 """
 
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from stillroom.cache.lists import list_column
 from stillroom.cache.part import prompt_id, rollout_id
@@ -17,12 +19,14 @@ from stillroom.cache.schema import PART_SCHEMA
 UNKNOWN_POLICY = -1
 
 
-def fill_rollouts(table: pa.Table, policy_version: int | None) -> pa.Table:
+def fill_rollouts(table: pa.Table, policy_version: int | None, name: str = "") -> pa.Table:
     """All columns of a part; `rollout_id` stays null where it is not given.
 
     Args:
         table: rows with a part's column types, `prompt` and `completion` among them.
         policy_version: policy that sampled the rows that name none; None is unknown.
+        name: of what is imported, which goes into the groups of rows that have none, so that those
+            of two imports differ.
     """
     rows = len(table)
 
@@ -34,7 +38,7 @@ def fill_rollouts(table: pa.Table, policy_version: int | None) -> pa.Table:
         return pa.scalar(value, PART_SCHEMA.field(name).type)
 
     prompt_ids = _prompt_ids(table)
-    group = pc.coalesce(given("group"), pa.array(prompt_ids))
+    group = pc.coalesce(given("group"), pa.array(_groups(prompt_ids, name)))
     sampled_by = UNKNOWN_POLICY if policy_version is None else policy_version
     lowest, highest = given("policy_version_min"), given("policy_version_max")
     policy = constant("policy_version_min", sampled_by)
@@ -98,6 +102,14 @@ def positions(table: pa.Table) -> np.ndarray:
 def _prompt_ids(table: pa.Table) -> np.ndarray:
     prompt = list_column(table["prompt"])
     return np.array([prompt_id(prompt.row(i)) for i in range(len(table))], np.uint64)
+
+
+def _groups(prompt_ids: np.ndarray, name: str) -> np.ndarray:
+    """(rows,) uint64: a group for each prompt of what is imported."""
+    prompts, at = np.unique(prompt_ids, return_inverse=True)
+    hashes = [xxhash.xxh3_64_intdigest(f"{name}/{prompt}".encode()) for prompt in prompts]
+    groups: np.ndarray = np.array(hashes, np.uint64)[at]
+    return groups
 
 
 def _count(group: np.ndarray) -> np.ndarray:

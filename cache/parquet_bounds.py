@@ -85,8 +85,8 @@ def _check_chunk(data: bytes, chunk: dict[int, Any], kind: int, budget: Budget) 
     """One column of a row group."""
     if chunk.get(1) != kind or chunk.get(4) not in (UNCOMPRESSED, ZSTD):
         raise ValueError(f"a column of type {chunk.get(1)!r:.40} in codec {chunk.get(4)!r:.40}")
-    first = _count(chunk.get(9))
-    start, size = min(first, _count(chunk.get(11, first))), _count(chunk.get(7))
+    start, size, coded = _count(chunk.get(9)), _count(chunk.get(7)), _count(chunk.get(11, 0))
+    start = coded if 0 < coded < start else start
     pages = data[start : start + size]
     if len(pages) != size:
         raise ValueError(f"a column of {size} bytes at {start}")

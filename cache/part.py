@@ -142,12 +142,29 @@ def decode_part(data: bytes, where: str) -> tuple[pa.Table, PartMeta]:
     return table, meta
 
 
-def read_parquet(data: bytes) -> pa.Table:
-    """Parse the bytes of a Parquet file, page checksums verified.
+def decode_rollout_ids(data: bytes, where: str) -> np.ndarray:
+    """(rows,) uint64: the rollout ids of a part's bytes, whose hash is verified; nothing else of
+    them is decoded.
+
+    Raises:
+        CorruptError: they are not a part, or not as they were written.
+    """
+    check_seal(data, where, "Restore the file.")
+    try:
+        check_bounds(data, METADATA_KEYS)
+        ids = read_parquet(data, ["rollout_id"])["rollout_id"].cast(pa.uint64())
+        return np.asarray(ids.combine_chunks().to_numpy(zero_copy_only=False), np.uint64)
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        expected = "a Parquet file of rollouts"
+        raise CorruptError(where, expected, str(error), "Restore the file.") from error
+
+
+def read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
+    """Parse the bytes of a Parquet file, or some of its columns, page checksums verified.
 
     Not `pq.read_table`: its threads abort a process that ends soon after it (pyarrow 26).
     """
-    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
+    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(columns)
 
 
 def _cast(table: pa.Table) -> pa.Table:

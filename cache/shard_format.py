@@ -93,7 +93,7 @@ class ShardFormat(Protocol):
         """Name of the object in an attempt's folder."""
 
     def encode(self, arrays: Arrays, attributes: dict[str, Any]) -> Encoded:
-        """Encode every column of a shard, checked by `schema.check_arrays`; equal arrays give equal
+        """Encode every column of a shard, checked by `check_arrays`; equal arrays give equal
         bytes."""
 
     def open(self, source: Source) -> Reader:

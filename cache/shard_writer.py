@@ -7,12 +7,13 @@ import numpy as np
 
 from stillroom.cache import jsonfile
 from stillroom.cache.attempt import COMMIT_WITHIN_S, Attempt
+from stillroom.cache.check_arrays import check_arrays
 from stillroom.cache.commits import Commit, encode_row_table, put_commit
 from stillroom.cache.identity import Identity
 from stillroom.cache.manifest import Manifest
 from stillroom.cache.part import PartMeta
 from stillroom.cache.quarantine import next_n
-from stillroom.cache.schema import USER_PREFIX, Arrays, check_arrays
+from stillroom.cache.schema import USER_PREFIX, Arrays
 from stillroom.cache.shard_format import Encoded, shard_format
 from stillroom.cache.storage import Storage
 

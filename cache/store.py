@@ -4,6 +4,7 @@ import os
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from stillroom.cache import jsonfile
@@ -17,7 +18,14 @@ from stillroom.cache.commits import (
 )
 from stillroom.cache.errors import MismatchError, MissingError
 from stillroom.cache.identity import Identity
-from stillroom.cache.part import NAME, PartMeta, decode_part, encode_part, part_name
+from stillroom.cache.part import (
+    NAME,
+    PartMeta,
+    decode_part,
+    decode_rollout_ids,
+    encode_part,
+    part_name,
+)
 from stillroom.cache.quarantine import next_n, put_quarantine
 from stillroom.cache.schema import Arrays
 from stillroom.cache.shard import Shard
@@ -111,6 +119,9 @@ class Cache:
     ) -> AddReport:
         """Store rollouts that another system made, as parts; the same rollouts again add nothing.
 
+        A row with a `rollout_id` that the cache holds, with the same content, is not stored again;
+        rows without one are known again only as a whole part of equal rows.
+
         Args:
             rollouts: a table, a list of mappings, or anything that `pyarrow.table` takes, with the
                 columns of a part. Only `prompt` and `completion` are needed, or `token` and
@@ -120,22 +131,25 @@ class Cache:
             sampler: its settings; `temperature` is the one that the behaviour logprobs are at, and
                 None, also if nothing is said, is unknown.
             positions_per_part: scored tokens of a part, about; the last one may have fewer. With
-                another value the same rollouts are stored again.
-            skip_bad: leave out rows that cannot be scored, and report them.
+                another value the same rollouts without ids are stored again.
+            skip_bad: leave out rows that cannot be scored, or whose id another rollout of the cache
+                has, and report them.
 
         Raises:
-            InputError: a row cannot be scored, and is named; nothing is written. Or there is none.
+            InputError: a row cannot be scored, or has the id of another rollout, and is named;
+                nothing is written. Or there is none.
             ShapeError: a column is missing, unknown or of another type; nothing is written.
             MismatchError: the rollouts are there, of another policy or sampler.
         """
         batch = one_batch(rollouts, "rollouts")
         checked = check_rollouts([batch], self.identity, skip_bad=skip_bad)
-        plan = plan_parts(
+        (plan,) = plan_parts(
             self,
-            checked,
+            [checked],
             policy_version=policy_version,
             sampler=sampler,
             positions_per_part=positions_per_part,
+            skip_bad=skip_bad,
         )
         return add_parts(self, plan)
 
@@ -152,6 +166,16 @@ class Cache:
         table, meta = decode_part(data, self.storage.describe(path))
         self._check_meta(part, meta)
         return table, meta, jsonfile.digest(data)
+
+    def rollout_ids(self, part: str) -> np.ndarray:
+        """(rows,) uint64: ids of a part's rollouts.
+
+        Raises:
+            MissingError: there is no such part.
+            CorruptError: it cannot be read.
+        """
+        path = part_path(part)
+        return decode_rollout_ids(self.storage.get(path), self.storage.describe(path))
 
     def commits(self) -> dict[str, int]:
         """Live commits: part to n."""

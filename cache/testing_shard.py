@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from stillroom.cache import jsonfile
+from stillroom.cache.check_arrays import check_arrays
 from stillroom.cache.commits import Commit, attempt_path, encode_row_table
 from stillroom.cache.errors import CorruptError
 from stillroom.cache.example_shards import random_shard, strange_floats
 from stillroom.cache.identity import Identity, TeacherId
 from stillroom.cache.manifest import ArrayEntry, Chunk, Manifest
 from stillroom.cache.ranges import wrong_size
-from stillroom.cache.schema import FORMAT_VERSION, USER_PREFIX, Arrays, check_arrays
+from stillroom.cache.schema import FORMAT_VERSION, USER_PREFIX, Arrays
 from stillroom.cache.shard_format import Encoded, Reader, ShardFormat, Source
 from stillroom.cache.storage import Storage
 

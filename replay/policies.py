@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stillroom.cache import jsonfile
-from stillroom.cache.errors import MismatchError, MissingError
+from stillroom.cache.entry import SAFE_PATH
+from stillroom.cache.errors import CorruptError, MismatchError, MissingError
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.storage import Storage
 
@@ -43,6 +44,8 @@ def read_policy(storage: Storage, version: int) -> Policy:
 
     Raises:
         MissingError: there is none of that version.
+        CorruptError: it is damaged, of another version, or has weights outside of the root by a
+            relative path.
     """
     path = policy_path(version)
     where = storage.describe(path)
@@ -52,6 +55,11 @@ def read_policy(storage: Storage, version: int) -> Policy:
         do = "List the policies with 'stillroom status'."
         raise MissingError(where, f"policy {version}", "none", do) from error
     policy: Policy = jsonfile.build(Policy, jsonfile.load_sealed(data, where), where)
+    is_safe = Path(policy.path).is_absolute() or SAFE_PATH.fullmatch(policy.path)
+    if policy.version != version or not is_safe:
+        expected = f"policy {version}, its weights below the root or at an absolute path"
+        got = f"policy {policy.version} at {policy.path!r:.200}"
+        raise CorruptError(where, expected, got, "Restore the file.")
     return policy
 
 

@@ -134,8 +134,12 @@ class ReplayStream:
                 "Resume with the snapshot and settings of the run that saved it.",
             )
         epoch, first = state.get("epoch"), state.get("first")
-        at_row = type(first) is int and 0 <= first < self._snapshot.rows
-        if not (type(epoch) is int and epoch >= 0 and at_row):
+        if (
+            type(epoch) is not int
+            or type(first) is not int
+            or epoch < 0
+            or not 0 <= first < self._snapshot.rows
+        ):
             expected = f"an epoch, and a row below {self._snapshot.rows}"
             do = "Resume from another checkpoint."
             raise CorruptError("stream state", expected, f"{epoch!r:.40} and {first!r:.40}", do)

@@ -143,7 +143,7 @@ def _near(rows: list[Any]) -> list[int]:
     """The sequences whose lengths are nearest to 500 positions, a quarter of all."""
     lengths = np.array([len(row["sampled_logprob"]) for row in rows])
     order = np.argsort(np.abs(lengths - RANDOM_POSITIONS), kind="stable")
-    return order[: max(1, len(rows) // 4)].tolist()
+    return [int(i) for i in order[: max(1, len(rows) // 4)]]
 
 
 def _random(read: Callable[[int], Any], among: list[int]) -> float:

@@ -2,14 +2,21 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tyro.conf import Positional
 
-from stillroom.cache.add_rollouts import PART_POSITIONS, AddReport, add_parts, plan_parts
+from stillroom.cache.add_rollouts import (
+    PART_POSITIONS,
+    AddReport,
+    PlannedParts,
+    add_parts,
+    plan_parts,
+)
 from stillroom.cache.checked_rollouts import CheckedRollouts, check_rollouts
-from stillroom.cache.errors import ConfigError
+from stillroom.cache.errors import ConfigError, StorageError
 from stillroom.cache.storage import local_path
 from stillroom.cache.store import Cache
 from stillroom.tools.layouts import LAYOUTS
@@ -20,7 +27,9 @@ from stillroom.tools.rollout_files import read_batches
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Import:
     """Store rollouts that another system made, as parts to be scored. Every row of every file is
-    checked before anything is written; the same file again adds nothing."""
+    checked before anything is written; the same file again adds nothing. Rows that bring a
+    rollout_id are known again one by one, so a file may have grown since; rows without one only as
+    a whole part of equal rows."""
 
     root: Positional[str]
     """The cache: a folder, or an address such as s3://bucket/prefix."""
@@ -41,10 +50,11 @@ class Import:
     top_k: int | None = None
     """Of the sampling; recorded only."""
     positions_per_part: int = PART_POSITIONS
-    """Scored tokens of a part, about; >= 1. Another value stores the same rollouts again."""
+    """Scored tokens of a part, about; >= 1. Another value stores rows without ids again."""
     skip_bad: str | None = None
-    """File for the rows that cannot be scored, one line of JSON each with file, row and reason;
-    they are left out. None refuses all files if one row is bad."""
+    """New file for the rows that cannot be scored or have the id of another rollout, one line of
+    JSON each with file, row and reason; they are left out. None refuses all files if one row is
+    bad."""
     json: bool = False
     """Print JSON."""
 
@@ -64,6 +74,8 @@ class Import:
 
 def run_import(job: Import) -> int:
     """`stillroom import`."""
+    if job.skip_bad is not None:
+        _check_new(local_path(job.skip_bad))
     cache = Cache.open(job.root)
     columns = None if job.columns is None else parse_columns(job.columns)
     layout = None if job.layout is None else LAYOUTS[job.layout]
@@ -76,20 +88,19 @@ def run_import(job: Import) -> int:
         )
         for file in job.rollouts
     ]
-    if job.skip_bad is not None:
-        _write_left_out(local_path(job.skip_bad), checked)
     sampler = {"temperature": job.temperature, "top_p": job.top_p, "top_k": job.top_k}
-    plans = {
-        one.where: plan_parts(
-            cache,
-            one,
-            policy_version=job.policy,
-            sampler=sampler,
-            positions_per_part=job.positions_per_part,
-        )
-        for one in checked
-    }
-    reports = {file: add_parts(cache, plan) for file, plan in plans.items()}
+    plans = plan_parts(
+        cache,
+        checked,
+        policy_version=job.policy,
+        sampler=sampler,
+        positions_per_part=job.positions_per_part,
+        skip_bad=job.skip_bad is not None,
+    )
+    if job.skip_bad is not None:
+        _write_left_out(local_path(job.skip_bad), checked, plans)
+    planned = zip(job.rollouts, plans, strict=True)
+    reports = {file: add_parts(cache, plan) for file, plan in planned}
     if job.json:
         files = {file: asdict(report) for file, report in reports.items()}
         print_json({"root": cache.storage.root, "files": files})
@@ -113,17 +124,33 @@ def parse_columns(text: str) -> dict[str, str]:
     return columns
 
 
-def _write_left_out(path: Path, checked: list[CheckedRollouts]) -> None:
+def _check_new(path: Path) -> None:
+    """What a person named by mistake is not written over."""
+    if path.exists() or path.is_symlink():
+        raise ConfigError("skip_bad", "a file that is not there yet", str(path), "Name another.")
+    if not path.parent.is_dir():
+        got = f"no folder {path.parent}"
+        raise ConfigError("skip_bad", "a file in a folder that is there", got, "Make the folder.")
+
+
+def _write_left_out(
+    path: Path, checked: Sequence[CheckedRollouts], plans: Sequence[PlannedParts]
+) -> None:
     lines = [
         json.dumps({"file": one.where, "row": row, "reason": reason}) + "\n"
-        for one in checked
-        for row, reason in one.left_out
+        for one, plan in zip(checked, plans, strict=True)
+        for row, reason in plan.left_out
     ]
-    path.write_text("".join(lines), encoding="utf-8")
-    for one in checked:
-        if one.left_out:
-            count, kept = len(one.left_out), len(one.table)
-            text = f"import: {one.where}: {count:,} of {count + kept:,} rows left out, see {path}"
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.writelines(lines)
+    except OSError as error:
+        do = "Name another file; nothing was added."
+        raise StorageError(str(path), "a file that can be written", str(error), do) from error
+    for one, plan in zip(checked, plans, strict=True):
+        if plan.left_out:
+            count, rows = len(plan.left_out), len(one.table) + len(one.left_out)
+            text = f"import: {one.where}: {count:,} of {rows:,} rows left out, see {path}"
             print(plain(text), file=sys.stderr)
 
 

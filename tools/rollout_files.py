@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from stillroom.cache.errors import InputError, MissingError, first_line
 from stillroom.cache.foreign_rows import Rows, Unreadable
 from stillroom.cache.schema import USER_PREFIX
-from stillroom.tools.layouts import Layout
+from stillroom.tools.layouts import OTHER_RECORD, Layout, not_of_layout
 
 BATCH_ROWS = 1024
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
@@ -26,7 +26,7 @@ def read_batches(
     path: Path, columns: Mapping[str, str] | None = None, layout: Layout | None = None
 ) -> Iterator[Batch]:
     """Rows of a file with their numbers, from 0; a line of JSON is a row, or has as many as its
-    layout makes of it.
+    layout makes of it, or is blank and none.
 
     Args:
         path: the file.
@@ -67,7 +67,8 @@ def _json_lines(path: Path) -> Iterator[Batch]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             while lines := list(islice(file, BATCH_ROWS)):
-                yield [_parsed(line) for line in lines], np.arange(start, start + len(lines))
+                full = [at for at, line in enumerate(lines) if not line.isspace()]
+                yield [_parsed(lines[at]) for at in full], start + np.array(full, np.int64)
                 start += len(lines)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(
@@ -103,13 +104,11 @@ def _row(row: Any, columns: Mapping[str, str], seen: set[str]) -> Any:
     if not isinstance(row, Mapping):
         return row
     seen.update(row)
-    return _carried(row, USER_PREFIX) | {
-        ours: row[theirs] for ours, theirs in columns.items() if theirs in row
-    }
+    return _carried(row) | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
 
-def _carried(row: Mapping[str, Any], *prefixes: str) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name.startswith(prefixes)}
+def _carried(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {n: value for n, value in row.items() if n in names or n.startswith(USER_PREFIX)}
 
 
 def _laid_out(rows: Rows, number: np.ndarray, layout: Layout) -> Batch:
@@ -127,7 +126,8 @@ def _converted(row: Any, layout: Layout) -> list[Any]:
     if not isinstance(row, Mapping):
         return [row]
     try:
-        carried = _carried(row, USER_PREFIX, "teacher_prompt")
-        return [carried | made for made in layout(row)]
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        return [Unreadable(f"another layout: {type(error).__name__}: {first_line(error)}")]
+        made = layout(row)
+    except OTHER_RECORD as error:
+        return [not_of_layout(error)]
+    carried = _carried(row, "teacher_prompt")
+    return [one if isinstance(one, Unreadable) else carried | one for one in made]

@@ -19,7 +19,13 @@ from stillroom.cache.store import Cache
 from stillroom.tools.contents import Contents, find_strangers, list_contents, note_attempts
 from stillroom.tools.findings import Report, ShardName
 from stillroom.tools.verify_files import CHECKS, verify_file
-from stillroom.tools.verify_part import Marks, PartReport, read_marks, verify_part
+from stillroom.tools.verify_part import (
+    Marks,
+    PartReport,
+    find_repeated_ids,
+    read_marks,
+    verify_part,
+)
 from stillroom.tools.verify_snapshots import verify_snapshot
 
 THREADS = min(8, os.cpu_count() or 1)
@@ -66,6 +72,7 @@ def verify(
     report.add(found)
     if found.foreign and not found.commits:
         _blame_identity(report)
+    find_repeated_ids(found.rollout_ids, report)
     if part is None:
         _snapshots(run, found.commits)
         _files(run)

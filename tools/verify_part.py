@@ -1,8 +1,10 @@
 """One part verified: its rollouts, its commits, and the shards that they name."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from stillroom.cache.check_rollouts import check_rows
 from stillroom.cache.commits import Commit, commit_path, read_commit
@@ -39,6 +41,8 @@ class PartReport(Report):
     """Part and attempt of every commit that can be read, in quarantine too."""
     foreign: int = 0
     """Commits of another identity."""
+    rollout_ids: dict[str, np.ndarray] = field(default_factory=dict)
+    """Ids of the rollouts of each part that is not retired."""
 
     def add_part(self, other: "PartReport") -> None:
         """Take over what was found in another part."""
@@ -46,6 +50,7 @@ class PartReport(Report):
         self.commits |= other.commits
         self.attempts |= other.attempts
         self.foreign += other.foreign
+        self.rollout_ids |= other.rollout_ids
 
 
 def read_marks(cache: Cache, report: Report) -> Marks:
@@ -72,6 +77,8 @@ def verify_part(
     """
     report = PartReport()
     found = _rollouts(cache, part, report)
+    if found is not None and part not in marks.retired:
+        report.rollout_ids[part] = found.table["rollout_id"].to_numpy()
     for n in sorted(numbers):
         name, path = (part, n), commit_path(part, n)
         if name in marks.damaged:
@@ -99,6 +106,26 @@ def verify_part(
     if found is not None and not report.commits:
         _check_rows(cache, part, found, report)
     return report
+
+
+def find_repeated_ids(rollout_ids: Mapping[str, np.ndarray], report: Report) -> None:
+    """No two rollouts have the same id; says so once of each part whose ids an earlier one has.
+
+    Args:
+        rollout_ids: (rows,) uint64 of each part.
+        report: takes what is found.
+    """
+    parts = list(rollout_ids)
+    ids = np.concatenate([np.empty(0, np.uint64), *rollout_ids.values()])
+    part = np.repeat(np.arange(len(parts)), [len(own) for own in rollout_ids.values()])
+    _, first, at = np.unique(ids, return_index=True, return_inverse=True)
+    repeated = np.flatnonzero(first[at] != np.arange(len(ids)))
+    for number in np.unique(part[repeated]).tolist():
+        own = repeated[part[repeated] == number]
+        earlier = parts[part[first[at[own[0]]]]]
+        problem = f"{len(own)} rollout ids that others have, {ids[own[0]]} in {earlier} too"
+        do = "Retire one of the parts, or train on their rollouts twice."
+        report.find(rollouts_path(parts[number]), problem, do)
 
 
 def _rollouts(cache: Cache, part: str, report: Report) -> Rollouts | None:

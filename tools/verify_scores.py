@@ -3,9 +3,10 @@
 import numpy as np
 
 from stillroom.cache.agreement import EXTRA, SCORES, check_agreement
+from stillroom.cache.check_arrays import check_entries
 from stillroom.cache.errors import CorruptError
 from stillroom.cache.identity import Identity
-from stillroom.cache.schema import UNUSED_ID, Arrays, check_entries
+from stillroom.cache.schema import UNUSED_ID, Arrays
 
 ROUNDING = 2**-11
 MASS_SLACK = 1e-4

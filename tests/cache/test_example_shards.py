@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stillroom.cache.check_arrays import check_arrays
 from stillroom.cache.example_shards import edges, random_shard, strange_floats
-from stillroom.cache.schema import UNUSED_ID, Arrays, check_arrays
+from stillroom.cache.schema import UNUSED_ID, Arrays
 from tests.cache.fakes import same_bits
 
 ALL: dict[str, Any] = {

@@ -28,7 +28,7 @@ def test_everything_but_ids_has_a_default() -> None:
         "rollout_id": None,
         "prompt_id": prompt_id(np.array(A)),
         "prompt_name": None,
-        "group": prompt_id(np.array(A)),
+        "group": filled["group"][0].as_py(),
         "sample_index": 0,
         "prompt": A,
         "completion": [5],
@@ -51,10 +51,16 @@ def test_samples_are_counted_within_their_group() -> None:
         {"prompt": p, "completion": [5], "group": g, "sample_index": s}
         for p, g, s in [(A, None, None), (B, None, None), (A, None, None), (A, 9, None), (A, 9, 5)]
     ]
-    filled = fill_rollouts(table(groups), None)
-    first, second = prompt_id(np.array(A)), prompt_id(np.array(B))
-    assert filled["group"].to_pylist() == [first, second, first, 9, 9]
+    filled = fill_rollouts(table(groups), None, "import")
+    first, second, *others = filled["group"].to_pylist()
+    assert first != second
+    assert others == [first, 9, 9]
     assert filled["sample_index"].to_pylist() == [0, 0, 1, 0, 5]
+    again = fill_rollouts(table(groups), 7, "import")
+    assert again["group"].to_pylist() == [first, second, *others]
+    other = fill_rollouts(table(groups), None, "other")["group"].to_pylist()
+    assert not {first, second} & set(other)
+    assert other[3:] == [9, 9], "what is given stays"
 
 
 def test_what_is_given_stays() -> None:

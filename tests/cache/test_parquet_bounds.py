@@ -1,7 +1,6 @@
 """What a Parquet file says of its sizes is believed only where it can be so."""
 
 import io
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,13 @@ def written(table: pa.Table, **options: Any) -> bytes:
     return sink.getvalue()
 
 
-def with_footer(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
-    """A file with another footer."""
-    size = int.from_bytes(data[-8:-4], "little")
-    footer = change(data[-8 - size : -8])
-    return data[: -8 - size] + footer + len(footer).to_bytes(4, "little") + data[-4:]
+def replaced(old: bytes, new: bytes) -> bytes:
+    """`DATA` with other bytes in the place of the first such bytes of its footer."""
+    size = int.from_bytes(DATA[-8:-4], "little")
+    footer = DATA[-8 - size : -8]
+    assert old in footer
+    footer = footer.replace(old, new, 1)
+    return DATA[: -8 - size] + footer + len(footer).to_bytes(4, "little") + DATA[-4:]
 
 
 def refused(data: bytes, why: str) -> None:
@@ -46,7 +47,6 @@ def test_plain_files_pass(options: dict[str, Any]) -> None:
     check_bounds(DATA, METADATA_KEYS)
     table = random_rollouts(0, 2000)
     check_bounds(written(table, row_group_size=300, data_page_size=200, **options), ())
-    check_bounds(written(table.slice(0, 0), **options), ())
 
 
 @pytest.mark.parametrize(
@@ -84,14 +84,14 @@ def test_counts_that_disagree() -> None:
     rows = read_footer(DATA)[3]
     for other in (rows + 1, rows - 1):
         old, new = b"\x16" + varint(2 * rows) + b"\x19", b"\x16" + varint(2 * other) + b"\x19"
-        refused(with_footer(DATA, lambda f, a=old, b=new: f.replace(a, b, 1)), "rows in row groups")
+        refused(replaced(old, new), "rows in row groups")
 
 
 def test_deep_and_broken_schemas() -> None:
     deep = pa.array([[[[[[[1]]]]]]])
     refused(written(pa.table({"a": deep})), "no tree")
-    refused(with_footer(DATA, lambda f: f.replace(b"\x15\x22\x00", b"\x15\x20\x00", 1)), "no tree")
-    refused(with_footer(DATA, lambda f: f.replace(b"\x15\x22\x00", b"\x15\x24\x00", 1)), "ends")
+    refused(replaced(b"\x15\x22\x00", b"\x15\x20\x00"), "no tree")
+    refused(replaced(b"\x15\x22\x00", b"\x15\x24\x00"), "ends")
 
 
 def test_pages_that_are_cut_off() -> None:
@@ -102,7 +102,7 @@ def test_pages_that_are_cut_off() -> None:
     whole = b"\x16" + b"\x16".join(sizes)
     for size, why in ((2**31, "a column of"), (chunk[7] - 1, "a page of type")):
         new = b"\x16" + b"\x16".join([*sizes[:2], varint(2 * size)])
-        refused(with_footer(DATA, lambda f, b=new: f.replace(whole, b, 1)), why)
+        refused(replaced(whole, new), why)
 
 
 def test_a_page_that_claims_more_than_the_file_may_become() -> None:

@@ -4,12 +4,13 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from stillroom.cache import jsonfile
 from stillroom.cache.canary import check_canary
 from stillroom.cache.claims import Claims
-from stillroom.cache.commits import decode_commit
+from stillroom.cache.commits import Commit, decode_commit
 from stillroom.cache.identity import Identity
 from stillroom.cache.pins import read_pin
 from stillroom.cache.quarantine import damaged_commits, quarantine_path
@@ -70,7 +71,11 @@ def _read_commit(data: bytes) -> None:
             identity=own.identity.digest(),
             manifest_hash=live.manifest_hash,
         )
-        attempt(lambda commit=changed, at=own: at.shard(commit).all_rows())
+        attempt(partial(_read_shard, own, changed))
+
+
+def _read_shard(own: Cache, commit: Commit) -> None:
+    own.shard(commit).all_rows()
 
 
 def _read_row_table(data: bytes) -> None:
@@ -79,7 +84,7 @@ def _read_row_table(data: bytes) -> None:
     live = own.commit_of(LIVE)
     for blob in (data, zlib.compress(data)):
         changed = replace(live, row_table=packed(blob))
-        attempt(lambda commit=changed: own.shard(commit).all_rows())
+        attempt(partial(_read_shard, own, changed))
 
 
 def _row_tables() -> list[bytes]:
@@ -107,7 +112,9 @@ def _take(own: Cache, path: str) -> None:
 
 
 def _read_policy(own: Cache, path: str) -> None:
-    read_policy(own.storage, 0)
+    policy = read_policy(own.storage, 0)
+    assert policy.version == 0
+    assert Path(policy.path).is_absolute() or ".." not in policy.path.split("/")
 
 
 class _Remembers(FakeTeacher):

@@ -82,7 +82,7 @@ def _import(path: Path, columns: Mapping[str, str] | None, layout: Layout | None
     own = small_cache("zarr")
     batches = read_batches(path, columns, layout)
     checked = check_rollouts(batches, own.identity, str(path), skip_bad=True)
-    plan_parts(own, checked)
+    plan_parts(own, [checked], skip_bad=True)
 
 
 def _lines() -> list[bytes]:

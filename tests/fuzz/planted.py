@@ -18,6 +18,10 @@ def _read(bug: Callable[[], object], data: bytes) -> None:
         bug()
 
 
+def _error() -> None:
+    raise KeyError("x")
+
+
 def _endless() -> None:
     while True:
         pass
@@ -31,13 +35,14 @@ def _hidden() -> None:
         raise CorruptError("here", "less", "more", "Restore it.") from error
 
 
+BUGS: dict[str, Callable[[], object]] = {
+    "error": _error,
+    "crash": os.abort,
+    "memory": partial(bytes, BYTES),
+    "hidden memory": _hidden,
+    "hang": _endless,
+}
 KINDS: dict[str, tuple[Any, ...]] = {
     f"planted {name}": (lambda: [b"abc"], partial(_read, bug), mutate_bytes)
-    for name, bug in {
-        "error": lambda: {}["x"],
-        "crash": os.abort,
-        "memory": partial(bytes, BYTES),
-        "hidden memory": _hidden,
-        "hang": _endless,
-    }.items()
+    for name, bug in BUGS.items()
 }

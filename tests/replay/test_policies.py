@@ -2,12 +2,13 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stillroom.cache import jsonfile
 from stillroom.cache.errors import CorruptError, MismatchError, MissingError
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.storage import Storage
@@ -82,6 +83,18 @@ def test_a_policy_that_is_not_there_or_damaged_is_named(
     storage.put_new(policy_path(5), b'{"version": 5}')
     with pytest.raises(CorruptError, match=r"000005\.json"):
         read_policy(storage, 5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"version": 4}, {"path": "../x"}, {"path": "policies/../../x"}]
+)
+def test_a_policy_of_another_version_or_outside_of_the_root_is_refused(
+    changes: dict[str, Any], storage: Storage, student: ModelFiles
+) -> None:
+    wrong = policy_of(3, student, **changes)
+    storage.put_new(policy_path(3), jsonfile.dump_sealed(asdict(wrong)))
+    with pytest.raises(CorruptError, match="expected policy 3, its weights below the root"):
+        read_policy(storage, 3)
 
 
 def test_registering_the_same_student_again_changes_nothing(

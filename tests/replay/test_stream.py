@@ -281,6 +281,24 @@ def test_a_state_of_another_snapshot_or_format_is_refused(
     assert stream.state() == state, "a refused state changes nothing"
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"epoch": None},
+        {"epoch": -1},
+        {"epoch": [0]},
+        {"first": "0"},
+        {"first": -1},
+        {"first": True},
+        {"first": 2**40},
+    ],
+)
+def test_a_state_of_no_place_is_refused(scored_cache: Cache, place: dict[str, object]) -> None:
+    stream = open_stream(scored_cache)
+    with pytest.raises(CorruptError, match="stream state: expected an epoch, and a row below"):
+        stream.restore(stream.state() | place)
+
+
 def test_an_empty_snapshot_is_refused(scored_cache: Cache) -> None:
     with pytest.raises(InputError, match="an empty snapshot"):
         ReplayStream(scored_cache, scored_cache.snapshot([]), CONFIG)

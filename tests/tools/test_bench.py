@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillroom.cache.schema import check_arrays
+from stillroom.cache.check_arrays import check_arrays
 from stillroom.tools.bench_data import join, made_up
 
 SMALL = ("--no-peers", "--commits", "3")

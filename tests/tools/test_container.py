@@ -125,3 +125,25 @@ def test_refuses_a_changed_index_and_a_wrong_crc() -> None:
         data[at] ^= 1
         with pytest.raises(CorruptError, match="group/c/0"):
             check_container(bytes(data), manifest(shard))
+
+
+def test_other_settings_of_the_encoder_are_no_damage() -> None:
+    """A later release may choose others; a codec's other settings are refused all the same."""
+    with zipfile.ZipFile(io.BytesIO(SHARD.data)) as archive:
+        member = archive.read("topk_logprob/zarr.json")
+    good, bad = (member.replace(b'"level":9', new) for new in (b'"level":3', b'"pages":3'))
+    assert member not in (good, bad)
+    check_container(rebuilt(SHARD.data, {"topk_logprob/zarr.json": good}), manifest(SHARD))
+    with pytest.raises(CorruptError, match=r"topk_logprob/zarr\.json"):
+        check_container(rebuilt(SHARD.data, {"topk_logprob/zarr.json": bad}), manifest(SHARD))
+
+
+def test_refuses_a_member_behind_the_chunks_that_its_index_must_name() -> None:
+    shard = SHARD
+    names = zipfile.ZipFile(io.BytesIO(shard.data)).namelist()
+    moved = {name: None for name in names if name.startswith("topk_code/c/")}
+    content = zipfile.ZipFile(io.BytesIO(shard.data))
+    last = {name: content.read(name) for name in moved}
+    data = rebuilt(rebuilt(shard.data, moved), last)
+    with pytest.raises(CorruptError, match="an index of the manifest's chunks"):
+        check_container(data, manifest(shard))

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from stillroom.tools.layouts import LAYOUTS
+from stillroom.cache.foreign_rows import Unreadable
+from stillroom.tools.layouts import LAYOUTS, not_of_layout
 
 VERL = {
     "prompt_ids": [1, 2],
@@ -145,6 +146,49 @@ def test_sglang_without_ids_or_without_logprobs() -> None:
     (row,) = LAYOUTS["sglang"](SGLANG | {"meta_info": {"finish_reason": reason}})
     assert (row["behaviour_logprob"], row["finish_reason"]) == (None, "length")
     assert not row["ends_with_stop"]
+
+
+@pytest.mark.parametrize("ids", [{}, {"output_ids": []}])
+def test_an_aborted_request_of_sglang_has_an_empty_completion(ids: dict[str, Any]) -> None:
+    aborted = {"finish_reason": {"type": "abort", "message": "m"}}
+    for meta in (aborted, aborted | {"output_token_logprobs": []}):
+        (row,) = LAYOUTS["sglang"]({"input_ids": [1], "meta_info": meta} | ids)
+        assert (row["completion"], row["behaviour_logprob"]) == ([], None)
+        assert row["finish_reason"] == "abort"
+
+
+@pytest.mark.parametrize("logprobs", [None, []])
+def test_no_logprobs_are_unknown_ones(logprobs: Any) -> None:
+    meta = SGLANG["meta_info"] | {"output_token_logprobs": logprobs}
+    (row,) = LAYOUTS["sglang"](SGLANG | {"meta_info": meta})
+    assert (row["completion"], row["behaviour_logprob"]) == ([3, 4, 7], None)
+    output = {"token_ids": [3], "logprobs": logprobs}
+    (row,) = LAYOUTS["vllm"]({"prompt_token_ids": [1], "outputs": [output]})
+    assert row["behaviour_logprob"] is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_field_that_is_missing_is_named(layout: str) -> None:
+    records = {"verl": VERL, "verl-batch": VERL_BATCH, "trl": TRL, "sglang": SGLANG, "vllm": VLLM}
+    needed = {
+        "verl": ("prompt_ids", "response_ids"),
+        "verl-batch": ("prompts", "responses", "attention_mask"),
+        "trl": ("prompt_ids", "completion_ids"),
+        "sglang": ("input_ids", "meta_info"),
+        "vllm": ("prompt_token_ids", "outputs"),
+    }
+    for name in needed[layout]:
+        record = {n: value for n, value in records[layout].items() if n != name}
+        with pytest.raises(KeyError) as caught:
+            LAYOUTS[layout](record)
+        assert not_of_layout(caught.value).reason == f"another layout: no field {name!r}"
+
+
+def test_a_token_without_its_logprob_is_named() -> None:
+    outputs = [{"token_ids": [3], "logprobs": [{"8": {"logprob": -0.1}}]}, {"token_ids": [4]}]
+    bad, good = LAYOUTS["vllm"]({"prompt_token_ids": [1], "outputs": outputs})
+    assert bad == Unreadable("another layout: ValueError: no logprob of token 3")
+    assert good["completion"] == [4]
 
 
 def test_a_stop_string_is_no_stop_token() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from stillroom.cache.errors import CorruptError
 from stillroom.cache.storage import Storage
 from stillroom.train.stages import StageLog
 
@@ -46,3 +49,11 @@ def test_rollouts_that_were_retired_may_be_gone(tmp_path: Path) -> None:
     assert log.finished("a") is None
     storage.put_new(f"retired/{parts[0]}.json", b"1")
     assert log.finished("a") is not None
+
+
+@pytest.mark.parametrize("objects", [b"[[]]", b"1", b"[1]", b'[["a","b","c"]]'])
+def test_a_damaged_record_is_refused(tmp_path: Path, objects: bytes) -> None:
+    record = b'{"objects":%s,"seconds":1.0,"values":{}}' % objects
+    (tmp_path / "a.json").write_bytes(record)
+    with pytest.raises(CorruptError, match=r"a\.json: expected the record of a stage"):
+        StageLog(tmp_path).finished("a")
