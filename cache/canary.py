@@ -21,6 +21,8 @@ LENGTHS = (2, 4, 8, 16, 32, 64, 96, 128)
 KEPT = 16
 SAME_CLASS = (0.01, 3e-4)
 NEW_CLASS = (0.06, 3e-3)
+LEAST = float(np.finfo(np.float16).min)
+"""Of a stored logprob, nats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,46 @@ def canary_rows(vocab_size: int, max_length: int) -> list[ScoreRow]:
     return rows
 
 
+def read_canary(cache: Cache, path: str) -> dict[str, Any]:
+    """A stored canary: `topk_id` and `topk_logprob`, a list of the leading entries a scored token,
+    `sampled_logprob`, a number each, and `order`, the number of canaries before it.
+
+    Raises:
+        MissingError: it is not there.
+        CorruptError: it does not hold scores of this cache's canary.
+    """
+    where = cache.storage.describe(path)
+    value = jsonfile.load_sealed(cache.storage.get(path), where)
+    try:
+        problem = _problem(cache, value)
+    except (KeyError, ValueError, TypeError) as error:
+        problem = repr(error)
+    if problem:
+        raise CorruptError(where, "scores of the canary", f"{problem:.200}", "Restore the file.")
+    return value
+
+
+def _problem(cache: Cache, value: dict[str, Any]) -> str:
+    """What is wrong with a stored canary; empty if nothing is."""
+    if value.keys() != {"topk_id", "topk_logprob", "sampled_logprob", "order"}:
+        return f"the fields {sorted(value)}"
+    if type(value["order"]) is not int:
+        return f"order {value['order']!r}"
+    identity = cache.identity
+    rows = canary_rows(identity.vocab_size, identity.max_length)
+    shape = (sum(len(row.targets) for row in rows), min(KEPT, identity.topk))
+    ids = np.array(value["topk_id"])
+    logprob, sampled = (np.array(value[n]) for n in ("topk_logprob", "sampled_logprob"))
+    shapes = (ids.shape, logprob.shape, sampled.shape)
+    if shapes != (shape, shape, shape[:1]):
+        return f"scores of the shapes {shapes}"
+    if ids.dtype.kind != "i" or not 0 <= ids.min() <= ids.max() < identity.vocab_size:
+        return "ids that the vocabulary has not"
+    if any(x.dtype.kind not in "fi" or x.max() > 0 or x.min() < LEAST for x in (logprob, sampled)):
+        return f"logprobs that are not from {LEAST} to 0"
+    return ""
+
+
 def _score(cache: Cache, teacher: Teacher) -> dict[str, Any]:
     identity = cache.identity
     rows = canary_rows(identity.vocab_size, identity.max_length)
@@ -103,20 +145,14 @@ def _score(cache: Cache, teacher: Teacher) -> dict[str, Any]:
 def _finite(parts: list[np.ndarray]) -> list[Any]:
     """As JSON numbers, which know no infinity: at low temperatures logprobs leave float16."""
     joined = np.concatenate(parts).astype(np.float64)
-    return list(np.maximum(joined, np.finfo(np.float16).min).tolist())
+    return list(np.maximum(joined, LEAST).tolist())
 
 
 def _compare(
     cache: Cache, path: str, scores: dict[str, Any], limits: tuple[float, float], teacher: Teacher
 ) -> Difference:
     where = cache.storage.describe(path)
-    stored = jsonfile.load_sealed(cache.storage.get(path), where)
-    try:
-        difference = _difference(stored, scores)
-    except (KeyError, ValueError, TypeError) as error:
-        raise CorruptError(
-            where, "scores of the canary", repr(error), "Restore the file."
-        ) from error
+    difference = _difference(read_canary(cache, path), scores)
     if not difference.within(limits):
         raise MismatchError(
             where,
@@ -156,7 +192,7 @@ def _kl(first: dict[int, float], second: dict[int, float]) -> float:
 
 
 def _first(cache: Cache, paths: list[str]) -> str:
-    orders = {p: jsonfile.load_sealed(cache.storage.get(p), p).get("order", 0) for p in paths}
+    orders = {path: read_canary(cache, path)["order"] for path in paths}
     return min(paths, key=lambda p: (orders[p], p))
 
 

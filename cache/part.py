@@ -153,7 +153,9 @@ def decode_rollout_ids(data: bytes, where: str) -> np.ndarray:
     try:
         check_bounds(data, METADATA_KEYS)
         ids = read_parquet(data, ["rollout_id"])["rollout_id"].cast(pa.uint64())
-        return np.asarray(ids.combine_chunks().to_numpy(zero_copy_only=False), np.uint64)
+        if ids.null_count:
+            raise ValueError("a rollout without an id")
+        return np.asarray(ids.to_numpy(), np.uint64)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         expected = "a Parquet file of rollouts"
         raise CorruptError(where, expected, str(error), "Restore the file.") from error

@@ -19,7 +19,7 @@ from stillroom.cache.claims import Claims
 from stillroom.cache.errors import InputError, NumericsError
 from stillroom.cache.part_arrays import part_arrays
 from stillroom.cache.progress import Progress
-from stillroom.cache.rows import score_columns, score_rows
+from stillroom.cache.score_rows import score_columns, score_rows
 from stillroom.cache.shard_writer import ScoredBy
 from stillroom.cache.store import Cache
 from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec, Teacher

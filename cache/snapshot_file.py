@@ -45,7 +45,7 @@ FIXED_BYTES = 68
 """Of a row's values in plain pages, lengths included, besides the bytes of part and commit."""
 INFLATION = 16
 """A file may become so many times its bytes, or `SMALL_BYTES` if that is more."""
-SMALL_BYTES = 16 << 20
+SMALL_BYTES = 4 << 20
 DO = "Make a new snapshot, and delete this one: it holds nothing that the commits do not."
 
 

@@ -1,6 +1,7 @@
 """`stillroom import`: rollouts in files that other systems wrote become parts of a cache."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -126,7 +127,7 @@ def parse_columns(text: str) -> dict[str, str]:
 
 def _check_new(path: Path) -> None:
     """What a person named by mistake is not written over."""
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         raise ConfigError("skip_bad", "a file that is not there yet", str(path), "Name another.")
     if not path.parent.is_dir():
         got = f"no folder {path.parent}"

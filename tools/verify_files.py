@@ -5,10 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from stillroom.cache import jsonfile
-from stillroom.cache.canary import KEPT, canary_rows
+from stillroom.cache.canary import read_canary
 from stillroom.cache.claims import Claim, claim_path
 from stillroom.cache.errors import CorruptError, MissingError
 from stillroom.cache.pins import read_pin
@@ -42,22 +40,7 @@ def verify_file(cache: Cache, kind: str, path: str, report: Report) -> None:
 
 
 def _check_canary(cache: Cache, path: str) -> None:
-    value = _read(cache, path)
-    keys = {"topk_id", "topk_logprob", "sampled_logprob", "order"}
-    _require(value.keys() == keys, path, f"the fields {sorted(keys)}", f"{sorted(value)}"[:200])
-    identity = cache.identity
-    rows = canary_rows(identity.vocab_size, identity.max_length)
-    positions = sum(len(row.targets) for row in rows)
-    shape = (positions, min(KEPT, identity.topk))
-    ids = np.array(value["topk_id"])
-    logprob, sampled = (np.array(value[n], float) for n in ("topk_logprob", "sampled_logprob"))
-    found = (ids.shape, logprob.shape, sampled.shape)
-    _require(found == (shape, shape, shape[:1]), path, f"scores of {shape}", f"{found}")
-    fits = ids.dtype.kind == "i" and ids.min(initial=0) >= 0
-    fits = fits and ids.max(initial=0) < identity.vocab_size
-    _require(bool(fits), path, f"ids below {identity.vocab_size}", "others")
-    above = max(logprob.max(initial=-1), sampled.max(initial=-1)) > 0
-    _require(not above, path, "logprobs of at most 0", "more")
+    read_canary(cache, path)
 
 
 def _check_plan(cache: Cache, path: str) -> None:

@@ -124,8 +124,7 @@ def find_repeated_ids(rollout_ids: Mapping[str, np.ndarray], report: Report) -> 
         own = repeated[part[repeated] == number]
         earlier = parts[part[first[at[own[0]]]]]
         problem = f"{len(own)} rollout ids that others have, {ids[own[0]]} in {earlier} too"
-        do = "Retire one of the parts, or train on their rollouts twice."
-        report.find(rollouts_path(parts[number]), problem, do)
+        report.find(rollouts_path(parts[number]), problem, "Retire one of the parts.")
 
 
 def _rollouts(cache: Cache, part: str, report: Report) -> Rollouts | None:

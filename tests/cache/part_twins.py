@@ -112,8 +112,8 @@ def _rollouts(draw: st.DrawFn, bad: bool) -> dict[str, Any]:
         good = draw(st.none() | st.lists(values, min_size=n, max_size=n))
         return [broken] * n if good is not None and chance() else good
 
-    logprob = st.floats(max_value=0, width=32, allow_infinity=bad)
-    logprob = logprob | st.just(float("nan")) | st.none()
+    at_most_0 = st.floats(max_value=0, width=32, allow_infinity=bad)
+    logprob = at_most_0 | st.just(float("nan")) | st.none()
     entries = st.none() | st.lists(st.integers(0, VOCAB - 1), max_size=TWIN_MAX_EXTRA)
     extra = per_token(entries, [VOCAB])
     value = -np.inf if chance() else -1.0

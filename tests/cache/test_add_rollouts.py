@@ -131,6 +131,19 @@ def test_the_same_rollouts_with_other_claims_are_refused(cache: Cache) -> None:
     assert len(cache.parts()) == 1
 
 
+@pytest.mark.parametrize(("first", "second"), [(None, 0), (0, None)])
+def test_an_unknown_policy_is_not_policy_0(
+    cache: Cache, first: int | None, second: int | None
+) -> None:
+    cache.add_rollouts([ROW], policy_version=first)
+    said = ["unknown" if policy is None else "0" for policy in (first, second)]
+    with pytest.raises(MismatchError, match="policy {} and .* got policy {} and".format(*said)):
+        cache.add_rollouts([ROW], policy_version=second)
+    own = [ROW | {"policy_version_min": 4}]
+    cache.add_rollouts(own, policy_version=first)
+    assert len(cache.add_rollouts(own, policy_version=second).present) == 1, "rows say it"
+
+
 def test_what_was_retired_is_not_added_again(cache: Cache, root: Path) -> None:
     (part,) = cache.add_rollouts([ROW]).added
     cache.retire(part, "too old")

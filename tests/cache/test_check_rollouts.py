@@ -92,6 +92,12 @@ def test_a_row_that_the_teacher_cannot_read_whole_is_named() -> None:
         encode_part(make_table(rows), META, max_length=5)
 
 
+def test_an_extra_id_that_was_never_chosen_is_named() -> None:
+    beside = {"extra_id": [[1], [2]], "extra_behaviour_logprob": [[-1.0], [-np.inf]]}
+    with pytest.raises(InputError, match=r"row 1: .*a behaviour logprob of -inf .*, in extra_id"):
+        encode_part(make_table([make_rollout(), make_rollout(**beside)]), META)
+
+
 def test_no_rows_are_refused() -> None:
     with pytest.raises(InputError, match=f"^{META.name}: expected at least one rollout"):
         encode_part(make_table([]), META)

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.fuzz.child import recorded
 from tests.fuzz.kinds import KINDS, PLANTED, fuzz_one
+from tests.fuzz.limits import Limits
+from tests.fuzz.recorder import recorded
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTING_S = 45.0
@@ -33,7 +34,9 @@ def main() -> int:
     if unknown:
         parser.error(f"no such kinds: {', '.join(unknown)}")
     if args.again is not None:
-        fuzz_one(kinds[0], base64.b64decode(args.again))
+        data = base64.b64decode(args.again)
+        with Limits(len(data)):
+            fuzz_one(kinds[0], data)
         return 0
     with ThreadPoolExecutor(args.jobs) as pool:
         sound = list(pool.map(partial(fuzz_kind, seconds=args.seconds), kinds))

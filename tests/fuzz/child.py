@@ -6,11 +6,8 @@ holds the bytes that did it.
 """
 
 import itertools
-import mmap
 import os
 import random
-import resource
-import signal
 import sys
 import time
 import traceback
@@ -19,58 +16,12 @@ from typing import TYPE_CHECKING
 
 import atheris
 
+from tests.fuzz.limits import Limits
+from tests.fuzz.mutate import MAX_BYTES
+from tests.fuzz.recorder import Recorder
+
 if TYPE_CHECKING:
     from tests.fuzz.kinds import Kind
-
-MAX_BYTES = 1 << 16
-CPU_S = 5.0
-"""Processor time that one input may take."""
-FREE_BYTES, TIMES = 64 << 20, 50
-"""Memory that one input may take: so much, and so many times its own bytes."""
-PAGE_BYTES = resource.getpagesize()
-
-
-class Recorder:
-    """The bytes that are being read, in a file that outlives the process.
-
-    Args:
-        path: the file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Make room for the longest input."""
-        with path.open("wb+") as file:
-            file.truncate(8 + MAX_BYTES)
-            self._map = mmap.mmap(file.fileno(), 8 + MAX_BYTES)
-
-    def record(self, data: bytes) -> None:
-        """Write what is read next."""
-        self._map[:8] = len(data).to_bytes(8, "little")
-        self._map[8 : 8 + len(data)] = data
-
-
-def recorded(path: Path) -> bytes:
-    """What a process read when it ended."""
-    whole = path.read_bytes()
-    return whole[8 : 8 + int.from_bytes(whole[:8], "little")]
-
-
-class Limits:
-    """Bounds on memory and time while one input is read."""
-
-    def __init__(self, size: int) -> None:
-        """Bounds for so many bytes."""
-        self._most = FREE_BYTES + TIMES * size
-
-    def __enter__(self) -> None:
-        held = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (held + self._most, resource.RLIM_INFINITY))
-        signal.setitimer(signal.ITIMER_PROF, CPU_S)
-
-    def __exit__(self, *_: object) -> None:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-        resource.setrlimit(resource.RLIMIT_AS, unlimited)
 
 
 def write_samples(kind: "Kind", folder: Path) -> None:
@@ -95,7 +46,6 @@ def main() -> None:
     for sample in kind.samples():
         fuzz_one(name, sample)
     recorder = Recorder(folder / "input")
-
     end, runs = time.monotonic() + seconds, itertools.count()
 
     def read(data: bytes) -> None:

@@ -12,7 +12,7 @@ from stillroom.cache.check_rollouts import check_rows
 from stillroom.cache.parquet_seal import HASH_KEY, NO_HASH, seal
 from stillroom.cache.part import METADATA_KEY, decode_part
 from stillroom.cache.part_arrays import part_arrays
-from stillroom.cache.rows import score_rows
+from stillroom.cache.score_rows import score_rows
 from stillroom.cache.snapshot_file import decode_commits
 from stillroom.cache.store import Cache
 from stillroom.cache.thrift_reader import read_struct

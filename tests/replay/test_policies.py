@@ -91,7 +91,7 @@ def test_a_policy_that_is_not_there_or_damaged_is_named(
 def test_a_policy_of_another_version_or_outside_of_the_root_is_refused(
     changes: dict[str, Any], storage: Storage, student: ModelFiles
 ) -> None:
-    wrong = policy_of(3, student, **changes)
+    wrong = replace(policy_of(3, student), **changes)
     storage.put_new(policy_path(3), jsonfile.dump_sealed(asdict(wrong)))
     with pytest.raises(CorruptError, match="expected policy 3, its weights below the root"):
         read_policy(storage, 3)

@@ -116,6 +116,46 @@ def test_bad_rows_are_left_out_and_listed(root: Path, write: Any, run: Any, tmp_
     assert len(rows_of(root)) == 3
 
 
+def test_the_list_of_bad_rows_is_written_over_nothing(
+    root: Path, write: Any, run: Any, tmp_path: Path, tree: Any
+) -> None:
+    before = tree(root)
+    path = write("a.jsonl", ROW, 5)
+    data = path.read_bytes()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    for there in (path, link, root):
+        ran = run("import", root, "--rollouts", path, "--skip-bad", there)
+        assert ran.status == 2
+        assert "skip_bad: expected a file that is not there yet" in ran.err
+    ran = run("import", root, "--rollouts", path, "--skip-bad", tmp_path / "no/folder")
+    assert (ran.status, "skip_bad: expected a file in a folder" in ran.err) == (2, True)
+    ran = run("import", root, "--rollouts", path, "--skip-bad", tmp_path / ("x" * 300))
+    assert (ran.status, "nothing was added" in ran.err) == (2, True)
+    assert path.read_bytes() == data
+    assert tree(root) == before
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_an_id_is_unique_over_files_and_imports(
+    root: Path, write: Any, run: Any, tmp_path: Path
+) -> None:
+    first = write("a.jsonl", ROW | {"rollout_id": 1}, ROW | {"rollout_id": 2})
+    second = write("b.jsonl", ROW | {"rollout_id": 3}, ROW | {"rollout_id": 2})
+    ran = run("import", root, "--rollouts", first, second)
+    assert (ran.status, Cache.open(root).parts()) == (2, [])
+    assert f"{second}, row 1: " in ran.err
+    assert run("import", root, "--rollouts", first).status == 0
+    report = tmp_path / "left-out.jsonl"
+    other = write("c.jsonl", ROW | {"rollout_id": 2, "prompt": [5]}, ROW | {"rollout_id": 4})
+    ran = run("import", root, "--rollouts", second, other, "--skip-bad", report)
+    assert ran.status == 0, ran.err
+    assert f"{second}: 1 parts added, 1 were there; 1 rollouts" in ran.out
+    (left,) = [json.loads(line) for line in report.read_text().splitlines()]
+    assert (left["file"], left["row"]) == (str(other), 0)
+    assert sorted(row["rollout_id"] for row in rows_of(root)) == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -84,6 +84,11 @@ TURNS = {
 }
 
 
+def laid_out(layout: str, record: Any) -> list[Any]:
+    """Rows of a record."""
+    return list(LAYOUTS[layout](record))
+
+
 @pytest.mark.parametrize(
     ("layout", "record", "rows"),
     [
@@ -128,31 +133,31 @@ TURNS = {
 def test_a_record_becomes_rows(
     layout: str, record: dict[str, Any], rows: list[dict[str, Any]]
 ) -> None:
-    assert LAYOUTS[layout](record) == rows
+    assert laid_out(layout, record) == rows
 
 
 def test_what_is_not_written_is_left_open() -> None:
     bare = {name: VERL_BATCH[name] for name in ("prompts", "responses", "attention_mask")}
-    (row,) = LAYOUTS["verl-batch"](bare)
+    (row,) = laid_out("verl-batch", bare)
     assert {n for n, v in row.items() if v is None} == {"scored", "behaviour_logprob", "group"}
-    (row,) = LAYOUTS["trl"]({"prompt_ids": [1], "completion_ids": [2]})
+    (row,) = laid_out("trl", {"prompt_ids": [1], "completion_ids": [2]})
     assert (row["scored"], row["behaviour_logprob"]) == (None, None)
 
 
 def test_sglang_without_ids_or_without_logprobs() -> None:
-    (row,) = LAYOUTS["sglang"]({name: SGLANG[name] for name in ("input_ids", "meta_info")})
+    (row,) = laid_out("sglang", {name: SGLANG[name] for name in ("input_ids", "meta_info")})
     assert row["completion"] == [3, 4, 7]
     reason = {"type": "length", "length": 3}
-    (row,) = LAYOUTS["sglang"](SGLANG | {"meta_info": {"finish_reason": reason}})
+    (row,) = laid_out("sglang", SGLANG | {"meta_info": {"finish_reason": reason}})
     assert (row["behaviour_logprob"], row["finish_reason"]) == (None, "length")
     assert not row["ends_with_stop"]
 
 
 @pytest.mark.parametrize("ids", [{}, {"output_ids": []}])
 def test_an_aborted_request_of_sglang_has_an_empty_completion(ids: dict[str, Any]) -> None:
-    aborted = {"finish_reason": {"type": "abort", "message": "m"}}
+    aborted: dict[str, Any] = {"finish_reason": {"type": "abort", "message": "m"}}
     for meta in (aborted, aborted | {"output_token_logprobs": []}):
-        (row,) = LAYOUTS["sglang"]({"input_ids": [1], "meta_info": meta} | ids)
+        (row,) = laid_out("sglang", {"input_ids": [1], "meta_info": meta} | ids)
         assert (row["completion"], row["behaviour_logprob"]) == ([], None)
         assert row["finish_reason"] == "abort"
 
@@ -160,10 +165,10 @@ def test_an_aborted_request_of_sglang_has_an_empty_completion(ids: dict[str, Any
 @pytest.mark.parametrize("logprobs", [None, []])
 def test_no_logprobs_are_unknown_ones(logprobs: Any) -> None:
     meta = SGLANG["meta_info"] | {"output_token_logprobs": logprobs}
-    (row,) = LAYOUTS["sglang"](SGLANG | {"meta_info": meta})
+    (row,) = laid_out("sglang", SGLANG | {"meta_info": meta})
     assert (row["completion"], row["behaviour_logprob"]) == ([3, 4, 7], None)
     output = {"token_ids": [3], "logprobs": logprobs}
-    (row,) = LAYOUTS["vllm"]({"prompt_token_ids": [1], "outputs": [output]})
+    (row,) = laid_out("vllm", {"prompt_token_ids": [1], "outputs": [output]})
     assert row["behaviour_logprob"] is None
 
 
@@ -180,27 +185,27 @@ def test_a_field_that_is_missing_is_named(layout: str) -> None:
     for name in needed[layout]:
         record = {n: value for n, value in records[layout].items() if n != name}
         with pytest.raises(KeyError) as caught:
-            LAYOUTS[layout](record)
+            laid_out(layout, record)
         assert not_of_layout(caught.value).reason == f"another layout: no field {name!r}"
 
 
 def test_a_token_without_its_logprob_is_named() -> None:
     outputs = [{"token_ids": [3], "logprobs": [{"8": {"logprob": -0.1}}]}, {"token_ids": [4]}]
-    bad, good = LAYOUTS["vllm"]({"prompt_token_ids": [1], "outputs": outputs})
+    bad, good = laid_out("vllm", {"prompt_token_ids": [1], "outputs": outputs})
     assert bad == Unreadable("another layout: ValueError: no logprob of token 3")
     assert good["completion"] == [4]
 
 
 def test_a_stop_string_is_no_stop_token() -> None:
     output = VLLM["outputs"][0] | {"stop_reason": "\n\n"}
-    (row,) = LAYOUTS["vllm"](VLLM | {"outputs": [output]})
+    (row,) = laid_out("vllm", VLLM | {"outputs": [output]})
     assert (row["finish_reason"], row["ends_with_stop"]) == ("stop", False)
     meta = SGLANG["meta_info"] | {"finish_reason": {"type": "stop", "matched": "\n\n"}}
-    (row,) = LAYOUTS["sglang"](SGLANG | {"meta_info": meta})
+    (row,) = laid_out("sglang", SGLANG | {"meta_info": meta})
     assert not row["ends_with_stop"]
 
 
 def test_ids_of_python_are_found_like_those_of_json() -> None:
     output = {"token_ids": (3,), "logprobs": [{3: {"logprob": -0.5}}]}
-    (row,) = LAYOUTS["vllm"]({"prompt_token_ids": [1], "outputs": [output]})
+    (row,) = laid_out("vllm", {"prompt_token_ids": [1], "outputs": [output]})
     assert row["behaviour_logprob"] == [-0.5]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from stillroom.cache import jsonfile
@@ -14,6 +15,8 @@ from stillroom.cache.errors import StorageError
 from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
 from stillroom.tools.verify import verify
+from tests.cache.fakes import make_meta
+from tests.tools import small_cache
 from tests.tools.small_cache import (
     AGAIN,
     DAMAGED,
@@ -333,3 +336,17 @@ def test_rollouts_that_are_not_those_that_were_scored(root: Path) -> None:
     assert finding.object == f"rollouts/{LIVE}.parquet"
     assert finding.shard is None
     assert jsonfile.digest(rollouts(root).read_bytes()) in finding.problem
+
+
+def test_a_rollout_id_of_two_parts_is_found(root: Path) -> None:
+    cache = Cache.open(root)
+    number = int(LIVE[-16:], 16)
+    rows = small_cache.rollouts(number)
+    table = pa.concat_tables([rows.slice(1, 2), small_cache.rollouts(99)])
+    cache.add_part(table, make_meta(99))
+    part, twice = make_meta(99).name, rows["rollout_id"][1]
+    (finding,) = verify(cache).findings
+    assert finding.object == f"rollouts/{part}.parquet"
+    assert finding.problem == f"2 rollout ids that others have, {twice} in {LIVE} too"
+    cache.retire(part, "twice")
+    assert verify(cache).findings == []

@@ -8,8 +8,8 @@ import pytest
 from stillroom.cache.agreement import check_agreement
 from stillroom.cache.errors import StillroomError
 from stillroom.cache.identity import Identity
-from stillroom.cache.rows import score_columns
 from stillroom.cache.schema import UNUSED_ID, Arrays
+from stillroom.cache.score_rows import score_columns
 from stillroom.cache.teacher import ScoreRow, ScoreSpec
 from stillroom.tools.verify_scores import check_scores, score_names
 from tests.cache.fakes import VOCAB, FakeTeacher, make_identity

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stillroom.cache.rows import score_columns
+from stillroom.cache.score_rows import score_columns
 from stillroom.cache.schema import UNUSED_ID, Arrays
 from stillroom.cache.summarise import rounded, summarise
 from stillroom.cache.teacher import ScoreSpec

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 
 from stillroom.cache.part_arrays import part_arrays
-from stillroom.cache.rows import score_columns, score_rows
 from stillroom.cache.schema import UNUSED_ID
+from stillroom.cache.score_rows import score_columns, score_rows
 from tests.cache.fakes import dense_scores, make_rollout, make_table
 
 ROWS = [
