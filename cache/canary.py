@@ -19,6 +19,7 @@ from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec, Teacher
 
 LENGTHS = (2, 4, 8, 16, 32, 64, 96, 128)
 KEPT = 16
+MAX_BYTES = 4 << 20
 SAME_CLASS = (0.01, 3e-4)
 NEW_CLASS = (0.06, 3e-3)
 LEAST = float(np.finfo(np.float16).min)
@@ -97,7 +98,7 @@ def read_canary(cache: Cache, path: str) -> dict[str, Any]:
         CorruptError: it does not hold scores of this cache's canary.
     """
     where = cache.storage.describe(path)
-    value = jsonfile.load_sealed(cache.storage.get(path), where)
+    value = jsonfile.load_sealed(cache.storage.get(path, MAX_BYTES), where)
     try:
         problem = _problem(cache, value)
     except (KeyError, ValueError, TypeError) as error:

@@ -23,6 +23,7 @@ from stillroom.cache.errors import CorruptError, MissingError, StorageError
 from stillroom.cache.storage import Storage
 
 FOLDER = "claims"
+MAX_BYTES = 64 << 10
 RENEW_EVERY_S = 10.0
 DEAD_AFTER_S = 60.0
 
@@ -136,7 +137,7 @@ class Claims:
         """The claim; None where there is none or it cannot be understood: then its age decides."""
         path = claim_path(part)
         try:
-            value = jsonfile.load_sealed(self._storage.get(path), path)
+            value = jsonfile.load_sealed(self._storage.get(path, MAX_BYTES), path)
             claim: Claim = jsonfile.build(Claim, value, path)
         except (CorruptError, MissingError):
             return None

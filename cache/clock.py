@@ -26,7 +26,10 @@ class Stopwatch:
 
 
 class StoreClock:
-    """The storage's own time: asked once, then counted on here.
+    """The storage's own time: asked once, then counted on here by the clock since boot.
+
+    The wall clock has no say in it: set forward, it would make live claims look dead and young
+    objects old. A clock that does not count suspended time only makes things look younger.
 
     Args:
         storage: whose time; asked at the first call.
@@ -35,12 +38,10 @@ class StoreClock:
     def __init__(self, storage: Storage) -> None:
         """Ask nothing yet."""
         self._storage = storage
-        self._asked: tuple[float, Stopwatch] | None = None
+        self._offset: float | None = None
 
     def now(self) -> float:
         """Seconds since the epoch by the storage's clock."""
-        if self._asked is None:
-            stopwatch = Stopwatch()
-            self._asked = self._storage.now(), stopwatch
-        start, stopwatch = self._asked
-        return start + stopwatch.elapsed_s()
+        if self._offset is None:
+            self._offset = self._storage.now() - time.clock_gettime(_STEADY)
+        return self._offset + time.clock_gettime(_STEADY)

@@ -3,15 +3,19 @@
 A commit is one JSON object put if absent, so of any number of scorers one wins. A reply can be lost
 after a put took effect; then the store says "exists" about our own bytes. So a commit carries its
 attempt's random id, and after any answer but success it is read back: own id, won; another, lost;
-absent, the same bytes are tried again.
+absent, the same bytes are tried again. What is won by reading back is made durable first: the put
+may have failed at just that.
 """
 
 import base64
 import re
 import time
 import zlib
+from collections import defaultdict
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -27,7 +31,8 @@ BACKOFF_S = 0.2
 FILE = re.compile(r"(v\d{6,9}-[0-9a-f]{16})\.(0|[1-9]\d{0,8})\.json")
 HASH = re.compile(r"[0-9a-f]{32}")
 MAX_BYTES = 32 << 20
-MAX_ROWS = 1 << 24
+MAX_ROWS = 1 << 22
+"""Far more than a part has: a table of zeros takes 50 MB from some 50 kB."""
 MAX_COUNT = 1 << 48
 """Of tokens or bytes: far beyond any part, so that sums of many stay within 64 bits."""
 
@@ -92,13 +97,15 @@ class Commit:
             raise self._bad_table(str(error)) from error
         if len(data) != size or not inflate.eof:
             raise self._bad_table(f"{len(data)} bytes")
-        prompt, positions, others = np.frombuffer(data, "<u4").reshape(3, self.rows).astype(int)
-        tokens = prompt + positions + others
-        if tokens.sum() != self.tokens or positions.sum() != self.positions:
-            raise self._bad_table("other sums")
-        if tokens.max(initial=0) > np.iinfo(np.uint32).max:
+        prompt, positions, others = np.frombuffer(data, "<u4").reshape(3, self.rows)
+        used = prompt + positions
+        tokens = used + others
+        if (used < prompt).any() or (tokens < others).any():
             raise self._bad_table("a row of 2^32 tokens or more")
-        return np.stack([tokens, prompt, positions], axis=1).astype(np.uint32)
+        sums = tokens.sum(dtype=np.uint64), positions.sum(dtype=np.uint64)
+        if sums != (self.tokens, self.positions):
+            raise self._bad_table("other sums")
+        return np.stack([tokens, prompt, positions], axis=1, dtype=np.uint32)
 
     def _bad_table(self, got: str) -> CorruptError:
         where = f"commit {self.part}.{self.n}, row table"
@@ -159,7 +166,10 @@ def put_commit(storage: Storage, commit: Commit) -> bool:
         except StorageError as error:
             failure = error
         try:
-            return read_commit(storage, path).attempt == commit.attempt
+            won = read_commit(storage, path).attempt == commit.attempt
+            if won:
+                storage.make_durable(path)
+            return won
         except MissingError:
             continue
         except StorageError as error:
@@ -176,7 +186,7 @@ def read_commit(storage: Storage, path: str) -> Commit:
     Raises:
         CorruptError: it is not a commit, or not the one that its name says.
     """
-    return decode_commit(storage.get(path), path, storage.describe(path))
+    return decode_commit(storage.get(path, MAX_BYTES), path, storage.describe(path))
 
 
 def decode_commit(data: bytes, path: str, where: str) -> Commit:
@@ -220,12 +230,37 @@ def _problem(commit: Commit, path: str, data: bytes) -> tuple[str, str]:
 
 
 def list_commits(storage: Storage) -> dict[str, int]:
-    """Live commits: part to n. Quarantined ones are left out."""
-    found: dict[str, int] = {}
-    quarantined = {entry.path.rsplit("/", 1)[1] for entry in storage.list("quarantine")}
-    for entry in storage.list("commits"):
-        name = entry.path.rsplit("/", 1)[1]
-        match = FILE.fullmatch(name)
-        if match and name not in quarantined and entry.path == commit_path(match[1], int(match[2])):
-            found[match[1]] = max(found.get(match[1], 0), int(match[2]))
-    return found
+    """Live commits: part to n, as in `live_numbers`."""
+    names = (entry.path.rsplit("/", 1)[1] for entry in storage.list("quarantine"))
+    matches = (FILE.fullmatch(name) for name in names)
+    aside = {(match[1], int(match[2])) for match in matches if match}
+    return live_numbers(list_numbers(storage), aside)
+
+
+def list_numbers(storage: Storage, prefix: str = "commits") -> dict[str, list[int]]:
+    """Every n of each part's commits, those in quarantine too."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for entry in storage.list(prefix):
+        match = FILE.fullmatch(entry.path.rsplit("/", 1)[1])
+        if match is not None and entry.path == commit_path(match[1], int(match[2])):
+            found[match[1]].append(int(match[2]))
+    return dict(found)
+
+
+def live_numbers(
+    numbers: Mapping[str, Collection[int]], aside: Container[tuple[str, int]]
+) -> dict[str, int]:
+    """The live commit of each part: that of the first n that is not in quarantine. A part without
+    that commit has none, whatever stands behind it.
+
+    Args:
+        numbers: every n of each part's commits.
+        aside: commits in quarantine, (part, n).
+    """
+    first = {part: first_free(part, aside) for part in numbers}
+    return {part: n for part, n in first.items() if n in numbers[part]}
+
+
+def first_free(part: str, aside: Container[tuple[str, int]]) -> int:
+    """The first n of a part that is not in quarantine."""
+    return next(n for n in count() if (part, n) not in aside)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from stillroom.cache.entry import Entry, is_ours
 from stillroom.cache.errors import StorageError
-from stillroom.cache.ranges import wrong_size
+from stillroom.cache.ranges import too_large, wrong_size
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 ATTEMPTS = 100
@@ -47,9 +47,12 @@ class LocalObjects:
         is_file = stat.S_ISREG(status.st_mode)
         return Entry(path, status.st_size, status.st_mtime) if is_file else None
 
-    def get(self, path: str) -> bytes:
-        """Read a whole file."""
+    def get(self, path: str, max_bytes: int | None = None) -> bytes:
+        """Read a whole file, unless it is larger than that."""
         with os.fdopen(self._open(path), "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if max_bytes is not None and size > max_bytes:
+                raise too_large(str(self.folder / path), max_bytes, size)
             return file.readall()
 
     def get_ranges(
@@ -92,6 +95,15 @@ class LocalObjects:
     def put(self, path: str, data: bytes) -> None:
         """Write or overwrite a file; durable when this returns."""
         self._put(path, data, os.replace)
+
+    def make_durable(self, path: str) -> None:
+        """Make a file durable that a failed put left."""
+        handle = self._open(path)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        _fsync_folder(self._target(path).parent)
 
     def delete(self, path: str) -> None:
         """Remove a file if it is there, and the folders that this leaves empty; the folders right

@@ -13,10 +13,10 @@ from stillroom.cache.plain_parquet import (
     ZSTD,
     Budget,
     read_footer,
+    read_page_header,
     struct,
     structs,
 )
-from stillroom.cache.thrift_reader import read_struct
 
 DICTIONARY_PAGE = 2
 SMALL_BYTES = 16 << 20
@@ -45,7 +45,7 @@ def check_bounds(data: bytes, metadata_keys: Sequence[bytes]) -> None:
     if 8 in footer or any(key not in metadata_keys for key in keys):
         raise ValueError(f"encryption, or metadata {keys}"[:200])
     leaves = _leaves(structs(footer.get(2)))
-    budget = Budget(max(SMALL_BYTES, INFLATION * len(data)))
+    budget = Budget(max(SMALL_BYTES, INFLATION * len(data)), len(data))
     rows = 0
     for group in structs(footer.get(4)):
         chunks = structs(group.get(1))
@@ -87,9 +87,7 @@ def _check_chunk(data: bytes, chunk: dict[int, Any], kind: int, budget: Budget) 
         raise ValueError(f"a column of type {chunk.get(1)!r:.40} in codec {chunk.get(4)!r:.40}")
     start, size, coded = _count(chunk.get(9)), _count(chunk.get(7)), _count(chunk.get(11, 0))
     start = coded if 0 < coded < start else start
-    pages = data[start : start + size]
-    if len(pages) != size:
-        raise ValueError(f"a column of {size} bytes at {start}")
+    pages = budget.take(data, start, size)
     at, values, longest = 0, 0, 0
     while at < size:
         at, count, dictionary = _check_page(pages, at, chunk[4], budget)
@@ -104,7 +102,7 @@ def _check_chunk(data: bytes, chunk: dict[int, Any], kind: int, budget: Budget) 
 
 def _check_page(pages: bytes, at: int, codec: int, budget: Budget) -> tuple[int, int, bytes | None]:
     """Where a page ends, how many values it has, and its bytes if it is a dictionary."""
-    header, start = read_struct(pages, at)
+    header, start = read_page_header(pages, at)
     raw, stored = _count(header.get(2)), _count(header.get(3))
     end = start + stored
     is_dictionary = header.get(1) == DICTIONARY_PAGE

@@ -17,6 +17,7 @@ from stillroom.cache.snapshot import read_snapshot
 from stillroom.cache.storage import Storage
 
 FOLDER = "pins"
+MAX_BYTES = 4 << 20
 SNAPSHOT_ID = re.compile(r"[0-9a-f]{32}")
 LIFETIME_S = 7 * DAY_S
 
@@ -105,7 +106,8 @@ def read_pin(storage: Storage, path: str) -> Pin:
         CorruptError: it is not the pin that its name says.
     """
     where = storage.describe(path)
-    found: Pin = jsonfile.build(Pin, jsonfile.load_sealed(storage.get(path), where), where)
+    value = jsonfile.load_sealed(storage.get(path, MAX_BYTES), where)
+    found: Pin = jsonfile.build(Pin, value, where)
     named = all(map(SNAPSHOT_ID.fullmatch, found.snapshots))
     if not named or pin_path(found.run) != path:
         expected = "a run, ids of snapshots and a time"

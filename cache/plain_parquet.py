@@ -22,19 +22,29 @@ UNCOMPRESSED, ZSTD = 0, 6
 DATA_PAGE, PLAIN = 0, 0
 FOOTER_BYTES = 64 << 10
 """A footer may have so many bytes, or a sixteenth of the file: parsed, it is some 70 times that."""
+HEADER_BYTES = 64 << 10
+"""Of a page's header at most."""
 
 
 @dataclass
 class Budget:
-    """Bytes that the pages of a file may still become."""
+    """Bytes that the pages of a file may still become, and that they may still take in it."""
 
     raw_bytes: int
+    stored_bytes: int
 
     def spend(self, raw_bytes: int) -> None:
         """Take some, or raise ValueError."""
         self.raw_bytes -= raw_bytes
         if raw_bytes < 0 or self.raw_bytes < 0:
             raise ValueError("pages that claim to become far more than the file")
+
+    def take(self, data: bytes, start: int, size: int) -> bytes:
+        """Bytes of a file, or ValueError: they are not all there, or columns share theirs."""
+        self.stored_bytes -= size
+        if min(start, size, self.stored_bytes) < 0 or start + size > len(data):
+            raise ValueError(f"a column of {size} bytes at {start}, beyond the file or shared")
+        return data[start : start + size]
 
 
 def read_groups(
@@ -53,7 +63,7 @@ def read_groups(
     """
     footer = read_footer(data)
     _check_columns(footer.get(2), columns)
-    budget = Budget(raw_limit)
+    budget = Budget(raw_limit, len(data))
     for group in structs(footer.get(4)):
         chunks = [struct(chunk.get(3)) for chunk in structs(group.get(1))]
         if len(chunks) != len(columns):
@@ -103,18 +113,28 @@ def _check_columns(schema: Any, columns: dict[str, int]) -> None:
 def _read_chunk(data: bytes, chunk: dict[int, Any], kind: int, budget: Budget) -> list[Any]:
     """Values of a column of a row group."""
     start, size, codec = chunk.get(9), chunk.get(7), chunk.get(4)
-    if type(start) is not int or type(size) is not int or not 0 <= start <= start + size:
+    if type(start) is not int or type(size) is not int:
         raise ValueError(f"a column at {start!r:.40} with {size!r:.40} bytes")
-    pages = data[start : start + size]
+    pages = budget.take(data, start, size)
     values: list[Any] = []
     at = 0
     while at < len(pages):
-        header, at = read_struct(pages, at)
+        header, at = read_page_header(pages, at)
         count, raw, stored = _page_sizes(header, len(pages) - at)
         budget.spend(raw)
         values += _decode(_unpack(pages[at : at + stored], codec, raw), kind, count)
         at += stored
     return values
+
+
+def read_page_header(pages: bytes, at: int) -> tuple[dict[int, Any], int]:
+    """Header of the page that begins at a byte, and the byte after it.
+
+    Raises:
+        ValueError: it is cut off, or of more than `HEADER_BYTES`.
+    """
+    header, size = read_struct(pages[at : at + HEADER_BYTES])
+    return header, at + size
 
 
 def _page_sizes(header: dict[int, Any], rest: int) -> tuple[int, int, int]:

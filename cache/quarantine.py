@@ -5,7 +5,7 @@ must not be read again. One that is only to be scored again has right bytes: sna
 open.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
@@ -15,6 +15,7 @@ from stillroom.cache.errors import CorruptError, StillroomError
 from stillroom.cache.storage import Entry, Storage
 
 FOLDER = "quarantine"
+MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,11 +77,31 @@ def damaged_commits(
         CorruptError: a file in quarantine is not what it should be; names it.
     """
     names = sorted(n for n in list_quarantine(storage) if among is None or n in among)
-    files = storage.get_many([quarantine_path(*name) for name in names])
-    return {n for n, data in zip(names, files, strict=True) if _decode(storage, n, data).damaged}
+    files = get_quarantine(storage, names)
+    return {name for name in names if decode_quarantine(storage, name, files[name]).damaged}
 
 
-def _decode(storage: Storage, name: tuple[str, int], data: bytes | StillroomError) -> Quarantine:
+def get_quarantine(
+    storage: Storage, names: Sequence[tuple[str, int]]
+) -> dict[tuple[str, int], bytes | StillroomError]:
+    """Files in quarantine of commits, (part, n), or the error that reading one would raise."""
+    files = storage.get_many([quarantine_path(*name) for name in names], MAX_BYTES)
+    return dict(zip(names, files, strict=True))
+
+
+def decode_quarantine(
+    storage: Storage, name: tuple[str, int], data: bytes | StillroomError
+) -> Quarantine:
+    """What a file in quarantine says.
+
+    Args:
+        storage: where it was read, for messages.
+        name: the commit, (part, n), that it must be about.
+        data: from `get_quarantine`; an error is raised.
+
+    Raises:
+        CorruptError: it is not what it should be.
+    """
     if isinstance(data, StillroomError):
         raise data
     where = storage.describe(quarantine_path(*name))

@@ -51,3 +51,8 @@ def wrong_size(where: str, expected: int, found: int) -> CorruptError:
         f"{found} bytes",
         "It was damaged after its commit: restore it, or score the part again.",
     )
+
+
+def too_large(where: str, max_bytes: int, found: int) -> CorruptError:
+    """The error of an object that is longer than any of its kind can be."""
+    return CorruptError(where, f"at most {max_bytes} bytes", f"{found} bytes", "Restore the file.")

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import obstore
@@ -26,7 +26,10 @@ from obstore.store import ObjectStore
 
 from stillroom.cache.entry import SAFE_PATH, Entry
 from stillroom.cache.errors import ConfigError
-from stillroom.cache.ranges import Span, coalesce, wrong_size
+from stillroom.cache.ranges import Span, coalesce, too_large, wrong_size
+
+if TYPE_CHECKING:
+    from obstore import GetResult
 
 THREADS = 32
 RETRIES = 10
@@ -41,6 +44,10 @@ LIST_ATTEMPTS = 5
 """obstore repeats no listing whose answer breaks off in the middle."""
 REQUEST_S = 20.0
 """Time limit of one request that moves little."""
+GET_BYTES = 8 << 20
+"""A whole object that is larger comes in pieces of this size, so that none outlasts its limit..."""
+GET_THREADS = 4
+"""...of which so many share the line."""
 SLOWEST_BYTES_S = 1 << 20
 """A put of many bytes may take as long as it takes at this rate."""
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
@@ -74,9 +81,22 @@ class RemoteObjects:
             return None
         return Entry(path, found["size"], found["last_modified"].timestamp())
 
-    def get(self, path: str) -> bytes:
-        """Read a whole object: one request."""
-        return bytes(obstore.get(self._store(), path).bytes())
+    def get(self, path: str, max_bytes: int | None = None) -> bytes:
+        """Read a whole object, unless it is larger than that: one request for every `GET_BYTES`,
+        and one more for an empty object."""
+        answer = self._ask(path, 0, GET_BYTES, None)
+        if answer is None:
+            return b""
+        size = answer.meta["size"]
+        if max_bytes is not None and size > max_bytes:
+            raise too_large(f"{self.root}/{path}", max_bytes, size)
+        first = bytes(answer.bytes())
+
+        def read(start: int) -> memoryview:
+            return self._span(path, Span(start, min(start + GET_BYTES, size), []), size)
+
+        rest = self.each(read, range(GET_BYTES, size, GET_BYTES), GET_THREADS)
+        return b"".join([first, *rest])
 
     def get_ranges(
         self, path: str, starts: Sequence[int], lengths: Sequence[int], size: int | None
@@ -142,37 +162,45 @@ class RemoteObjects:
             return
 
     def now(self) -> float:
-        """The store's clock, to the second: three requests."""
+        """The store's clock, to the second: two requests. The object that they leave is for `gc`:
+        whoever asks may lack the right to delete."""
         path = f"probe/{uuid.uuid4().hex}"
         self.put(path, b"now")
         modified: float = obstore.head(self._store(), path)["last_modified"].timestamp()
-        self.delete(path)
         return modified
 
-    def each(self, function: Callable[[Input], Output], items: Sequence[Input]) -> Sequence[Output]:
+    def each(
+        self, function: Callable[[Input], Output], items: Sequence[Input], threads: int = THREADS
+    ) -> Sequence[Output]:
         """Call a function on every item, in threads where there are several; order is kept."""
         if len(items) < 2:
             return [function(item) for item in items]
-        with ThreadPoolExecutor(min(THREADS, len(items))) as pool:
+        with ThreadPoolExecutor(min(threads, len(items))) as pool:
             return list(pool.map(function, items))
 
     def _span(self, path: str, span: Span, size: int | None) -> memoryview:
-        """The bytes of a span that are there. Every answer says how long the whole object is, so
-        an object of another size is found without a request."""
-        options: Any = {"range": (span.start, span.stop)}
+        """The bytes of a span that are there."""
+        answer = self._ask(path, span.start, span.stop, size)
+        return memoryview(b"" if answer is None else answer.bytes())
+
+    def _ask(self, path: str, start: int, stop: int, size: int | None) -> "GetResult | None":
+        """The answer to a request for bytes [start, stop), of which no byte is read yet; None if
+        the object ends before them. Every answer says how long the whole object is, so an object
+        of another size is found without a request."""
+        options: Any = {"range": (start, stop)}
         try:
             answer = obstore.get(self._store(), path, options=options)
         except GenericError:
             found = self.entry(path)
-            if found is None or found.size_bytes > span.start:
+            if found is None or found.size_bytes > start:
                 raise
             if size is not None:
                 raise wrong_size(f"{self.root}/{path}", size, found.size_bytes) from None
-            return memoryview(b"")
+            return None
         whole = answer.meta["size"]
         if size is not None and whole != size:
             raise wrong_size(f"{self.root}/{path}", size, whole)
-        return memoryview(answer.bytes())
+        return answer
 
     def _store(self, put_bytes: int = 0) -> ObjectStore:
         limit = REQUEST_S

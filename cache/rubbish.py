@@ -54,6 +54,11 @@ class Listing:
     """Parts with a commit that cannot be read, and why."""
     numbers: dict[str, list[int]]
     """Every n of a part's commits, those in quarantine too."""
+    named: dict[str, str]
+    """Attempts that stored snapshots name, and the id of one; not looked up where every attempt
+    has its commit."""
+    unnamed: str | None
+    """Why it is not known what else snapshots name, if it is not."""
     live: dict[str, int]
     retired: dict[str, Entry]
     quarantine: dict[ShardName, Entry]
@@ -93,9 +98,25 @@ def _attempts(listing: Listing, part: str) -> Iterator[Rubbish | Kept]:
         return
     committed = {commit.attempt for commit in listing.commits.get(part, {}).values()}
     for attempt, entries in sorted(listing.attempts[part].items()):
-        if attempt not in committed and listing.old(entries):
+        if attempt in committed or not listing.old(entries):
+            continue
+        keeper = _lost_commit(listing, attempt, entries)
+        if keeper is not None:
+            yield Kept(f"attempt {attempt} of part {part}", keeper)
+        else:
             reason = f"no commit names it, and it is {listing.hours(entries)} old"
             yield _rubbish("attempt", entries, reason, part)
+
+
+def _lost_commit(listing: Listing, attempt: str, entries: list[Entry]) -> str | None:
+    """Why an attempt that no commit names may have had one, or None."""
+    if attempt in listing.named:
+        return f"snapshot {listing.named[attempt]} names it, but its commit is gone: restore that"
+    if not any(entry.path.endswith("/manifest.json") for entry in entries):
+        return None
+    if not listing.numbers:
+        return "the cache has no commit at all: restore commits/, or score a part first"
+    return listing.unnamed
 
 
 def _shards(listing: Listing, part: str) -> Iterator[Rubbish | Kept]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from stillroom.cache import jsonfile
 from stillroom.cache.commits import Commit, attempt_path
 from stillroom.cache.errors import CorruptError, MissingError
 from stillroom.cache.identity import Identity
@@ -31,7 +32,7 @@ class Shard:
         form = shard_format(identity.shard_format)
         folder = attempt_path(commit.part, commit.attempt)
         path = f"{folder}/manifest.json"
-        data = storage.get(path)
+        data = storage.get(path, min(commit.stored_bytes, jsonfile.MAX_BYTES))
         where = storage.describe(path)
         verify(data, commit.manifest_hash, where)
         self.manifest = Manifest.from_json(data, where)

@@ -12,6 +12,7 @@ from functools import cached_property
 
 from stillroom.cache import jsonfile
 from stillroom.cache.commits import (
+    MAX_BYTES,
     Commit,
     attempt_path,
     commit_path,
@@ -167,7 +168,7 @@ def _read_commits(
     for start in range(0, len(names), AT_ONCE):
         some = names[start : start + AT_ONCE]
         paths = [commit_path(*name) for name in some if name not in found]
-        fetched = dict(zip(paths, storage.get_many(paths), strict=True))
+        fetched = dict(zip(paths, storage.get_many(paths, MAX_BYTES), strict=True))
         for name in some:
             yield found.get(name) or _decode(storage, commit_path(*name), fetched)
 

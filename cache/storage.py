@@ -75,18 +75,29 @@ class Storage:
         with self._reading(path):
             return self._objects(path).entry(path)
 
-    def get(self, path: str) -> bytes:
+    def get(self, path: str, max_bytes: int | None = None) -> bytes:
         """Read a whole object.
+
+        Args:
+            path: of the object.
+            max_bytes: the most that an object of this kind can have; a larger one is not read.
 
         Raises:
             MissingError: it is not there.
+            CorruptError: it is larger.
             StorageError: it cannot be read.
         """
         with self._reading(path):
-            return self._objects(path).get(path)
+            return self._objects(path).get(path, max_bytes)
 
-    def get_many(self, paths: Sequence[str]) -> list[bytes | StillroomError]:
+    def get_many(
+        self, paths: Sequence[str], max_bytes: int | None = None
+    ) -> list[bytes | StillroomError]:
         """Read many small objects, several at a time on an object store.
+
+        Args:
+            paths: of the objects.
+            max_bytes: as in `get`, of each.
 
         Returns:
             For each path its bytes, or the error that `get` would raise.
@@ -95,7 +106,7 @@ class Storage:
 
         def read(path: str) -> bytes | StillroomError:
             try:
-                return self.get(path)
+                return self.get(path, max_bytes)
             except StillroomError as error:
                 return error
 
@@ -157,6 +168,18 @@ class Storage:
         with self._writing(path):
             self._objects(path).put(path, data)
 
+    def make_durable(self, path: str) -> None:
+        """Make an object durable that a failed put left; on an object store it is.
+
+        Raises:
+            StorageError: it cannot be made durable.
+        """
+        self._checked(path)
+        self._check_process()
+        if isinstance(self._backend, LocalObjects):
+            with self._writing(path):
+                self._backend.make_durable(path)
+
     def delete(self, path: str) -> None:
         """Remove an object; none of that name is no error. Local folders that become empty go
         too, except those right below the root.
@@ -184,8 +207,9 @@ class Storage:
                 self._backend.delete(path)
 
     def now(self) -> float:
-        """Seconds since the epoch by the store's own clock, the one of `Entry.modified`. On an
-        object store this writes and removes a small object, locally a temporary file.
+        """Seconds since the epoch by the store's own clock, the one of `Entry.modified`. Locally
+        this writes and removes a temporary file; on an object store it leaves a small object below
+        `probe/`, which `gc` collects.
 
         Raises:
             StorageError: the root cannot be written.

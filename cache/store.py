@@ -34,6 +34,7 @@ from stillroom.cache.snapshot import Snapshot, make_snapshot, open_snapshot
 from stillroom.cache.storage import Storage
 
 IDENTITY_PATH = "cache.json"
+MAX_IDENTITY_BYTES = 1 << 20
 
 
 class Cache:
@@ -74,7 +75,7 @@ class Cache:
         storage = Storage(root)
         where = storage.describe(IDENTITY_PATH)
         try:
-            data = storage.get(IDENTITY_PATH)
+            data = storage.get(IDENTITY_PATH, MAX_IDENTITY_BYTES)
         except MissingError as error:
             do = "Check the root, or make a cache with 'stillroom init'."
             raise MissingError(where, "a cache", "no cache.json", do) from error

@@ -1,15 +1,23 @@
-"""The survey that `gc` makes of a cache before it removes anything: listings, and commits where
-they are needed to tell whose bytes are whose."""
+"""The survey that `gc` makes of a cache before it removes anything: listings, and commits and
+snapshots where they are needed to tell whose bytes are whose."""
 
 import re
 from collections import defaultdict
 
 from stillroom.cache import attempt, quarantine
-from stillroom.cache.commits import FILE, Commit, commit_path, decode_commit
-from stillroom.cache.errors import StillroomError
+from stillroom.cache.commits import (
+    MAX_BYTES,
+    Commit,
+    commit_path,
+    decode_commit,
+    list_numbers,
+    live_numbers,
+)
+from stillroom.cache.errors import CorruptError, MissingError, StillroomError
 from stillroom.cache.part import NAME, policy_of
 from stillroom.cache.pins import list_pins, pinned_shards
 from stillroom.cache.rubbish import Listing, ShardName
+from stillroom.cache.snapshot import read_snapshot, snapshot_path
 from stillroom.cache.storage import Entry, Storage
 from stillroom.cache.tombstones import list_tombstones
 
@@ -31,8 +39,7 @@ def survey(storage: Storage, now: float, min_age_s: float) -> Listing:
     """
     attempts = _list_attempts(storage)
     aside = quarantine.list_quarantine(storage)
-    numbers = _list_numbers(storage)
-    free = {part: [n for n in ns if (part, n) not in aside] for part, ns in numbers.items()}
+    numbers = list_numbers(storage)
     retired = _by_part(storage, "retired", ".json")
     settled = {
         part
@@ -42,6 +49,9 @@ def survey(storage: Storage, now: float, min_age_s: float) -> Listing:
     unsettled = attempts.keys() - settled
     wanted = [(part, n) for part in unsettled for n in numbers.get(part, ())]
     commits, unreadable = read_commits(storage, wanted)
+    committed = {c.attempt for own in commits.values() for c in own.values()}
+    orphans = any(attempts[part].keys() - committed for part in unsettled)
+    named, unknown = _named_by_snapshots(storage) if orphans else ({}, None)
     return Listing(
         now=now,
         min_age_s=min_age_s,
@@ -49,7 +59,9 @@ def survey(storage: Storage, now: float, min_age_s: float) -> Listing:
         commits=commits,
         unreadable=unreadable,
         numbers=numbers,
-        live={part: max(ns) for part, ns in free.items() if ns},
+        named=named,
+        unnamed=unknown,
+        live=live_numbers(numbers, aside),
         retired=retired,
         quarantine=aside,
         tombstones=list_tombstones(storage),
@@ -70,7 +82,7 @@ def commits_of(storage: Storage, parts: set[str]) -> Commits:
     """All commits of some parts, from a new listing."""
     found: dict[str, list[int]] = {}
     for policy in sorted({policy_of(part) for part in parts}):
-        found |= _list_numbers(storage, f"commits/v{policy:06d}")
+        found |= list_numbers(storage, f"commits/v{policy:06d}")
     return read_commits(storage, [(part, n) for part in parts for n in found.get(part, ())])
 
 
@@ -79,7 +91,8 @@ def read_commits(storage: Storage, names: list[ShardName]) -> Commits:
     commits: dict[str, dict[int, Commit]] = defaultdict(dict)
     unreadable = {}
     paths = [commit_path(*name) for name in names]
-    for (part, n), path, data in zip(names, paths, storage.get_many(paths), strict=True):
+    files = storage.get_many(paths, MAX_BYTES)
+    for (part, n), path, data in zip(names, paths, files, strict=True):
         try:
             if isinstance(data, StillroomError):
                 raise data
@@ -99,14 +112,24 @@ def _list_attempts(storage: Storage) -> dict[str, dict[str, list[Entry]]]:
     return found
 
 
-def _list_numbers(storage: Storage, prefix: str = "commits") -> dict[str, list[int]]:
-    """Every n of each part's commits, those in quarantine too."""
-    found: dict[str, list[int]] = defaultdict(list)
-    for entry in storage.list(prefix):
-        match = FILE.fullmatch(entry.path.rsplit("/", 1)[1])
-        if match is not None and entry.path == commit_path(match[1], int(match[2])):
-            found[match[1]].append(int(match[2]))
-    return found
+def _named_by_snapshots(storage: Storage) -> tuple[dict[str, str], str | None]:
+    """Attempts that stored snapshots name, each with the id of one; and why it is not known what
+    else they name, if it is not."""
+    named: dict[str, str] = {}
+    unknown = None
+    for entry in storage.list("snapshots"):
+        snapshot_id = entry.path.rsplit("/", 1)[1].removesuffix(".parquet")
+        if entry.path != snapshot_path(snapshot_id):
+            continue
+        try:
+            snapshot = read_snapshot(storage, snapshot_id)
+        except MissingError:
+            continue
+        except CorruptError as error:
+            unknown = f"a snapshot that may name it cannot be read: {error}"
+            continue
+        named |= {commit.attempt: snapshot_id for commit in snapshot.commits}
+    return named, unknown
 
 
 def _by_part(storage: Storage, folder: str, ending: str) -> dict[str, Entry]:

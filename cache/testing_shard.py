@@ -13,7 +13,7 @@ from stillroom.cache.errors import CorruptError
 from stillroom.cache.example_shards import random_shard, strange_floats
 from stillroom.cache.identity import Identity, TeacherId
 from stillroom.cache.manifest import ArrayEntry, Chunk, Manifest
-from stillroom.cache.ranges import wrong_size
+from stillroom.cache.ranges import too_large, wrong_size
 from stillroom.cache.schema import FORMAT_VERSION, USER_PREFIX, Arrays
 from stillroom.cache.shard_format import Encoded, Reader, ShardFormat, Source
 from stillroom.cache.storage import Storage
@@ -50,8 +50,10 @@ class OneObject(Storage):
         """Bytes of the object."""
         return len(self.data)
 
-    def get(self, path: str) -> bytes:
+    def get(self, path: str, max_bytes: int | None = None) -> bytes:
         """The whole object."""
+        if max_bytes is not None and len(self.data) > max_bytes:
+            raise too_large(self.describe(path), max_bytes, len(self.data))
         self.reads.append([(0, len(self.data))])
         return self.data
 

@@ -10,6 +10,8 @@ from stillroom.cache.errors import CorruptError, MismatchError, MissingError
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.storage import Storage
 
+MAX_BYTES = 64 << 10
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
@@ -50,7 +52,7 @@ def read_policy(storage: Storage, version: int) -> Policy:
     path = policy_path(version)
     where = storage.describe(path)
     try:
-        data = storage.get(path)
+        data = storage.get(path, MAX_BYTES)
     except MissingError as error:
         do = "List the policies with 'stillroom status'."
         raise MissingError(where, f"policy {version}", "none", do) from error

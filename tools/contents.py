@@ -97,7 +97,7 @@ def note_attempts(
 def _check_copy(cache: Cache, path: str, part: str, attempt: str, report: Report) -> None:
     where = cache.storage.describe(path)
     with report.watch(path):
-        value = jsonfile.load(cache.storage.get(path), where)
+        value = jsonfile.load(cache.storage.get(path, jsonfile.MAX_BYTES), where)
         says = value.get("part"), value.get("attempt")
         if says != (part, attempt):
             report.find(path, f"says that it is of {says!r:.200}", REMOVE)

@@ -1,12 +1,13 @@
 """Repair of what verification found: damaged shards go into quarantine, so that their parts can be
 scored again. Nothing is deleted."""
 
-from stillroom.cache.commits import FILE, commit_path
+from stillroom.cache.commits import commit_path, list_numbers
 from stillroom.cache.part import policy_of
-from stillroom.cache.store import Cache
+from stillroom.cache.store import Cache, retired_path
+from stillroom.cache.tombstones import removed_commits
 from stillroom.tools.findings import Finding, Report, ShardName
 from stillroom.tools.object_names import rollouts_path
-from stillroom.tools.verify_part import read_marks, verify_part
+from stillroom.tools.verify_part import read_part_marks, verify_part
 
 MAX_REASON = 500
 
@@ -24,17 +25,19 @@ def repair(cache: Cache, report: Report, *, deep: bool) -> None:
     for finding in report.findings:
         if finding.shard is not None:
             condemned.setdefault(finding.shard[0], set()).add(finding.shard)
+    removed = removed_commits(cache.storage) if condemned else set()
     for part, shards in sorted(condemned.items()):
-        _repair_part(cache, part, shards, report, deep=deep)
+        again = Report()
+        numbers = _numbers(cache, part)
+        marks = read_part_marks(cache, part, numbers, removed, again)
+        again.add(verify_part(cache, part, numbers, marks, deep=deep))
+        _set_aside(cache, part, shards, again, report)
 
 
-def _repair_part(
-    cache: Cache, part: str, shards: set[ShardName], report: Report, *, deep: bool
+def _set_aside(
+    cache: Cache, part: str, shards: set[ShardName], again: Report, report: Report
 ) -> None:
-    again = Report()
-    numbers = _numbers(cache, part)
-    found = verify_part(cache, part, numbers, read_marks(cache, again), deep=deep)
-    again.add(found)
+    """Put into quarantine those of a part's shards that the second look found bad."""
     rollouts = any(finding.object == rollouts_path(part) for finding in again.findings)
     for name in sorted(shards):
         path = commit_path(*name)
@@ -53,7 +56,7 @@ def _repair_part(
 
 
 def _next(cache: Cache, part: str, rollouts_damaged: bool) -> str:
-    if part in cache.retired():
+    if cache.storage.exists(retired_path(part)):
         return "Its part is retired: there is nothing else to do."
     if cache.is_scored(part):
         return "Its part has another shard: there is nothing else to do."
@@ -67,9 +70,4 @@ def _next(cache: Cache, part: str, rollouts_damaged: bool) -> str:
 
 def _numbers(cache: Cache, part: str) -> list[int]:
     """Every n of a part's commits, from a new listing."""
-    found = []
-    for entry in cache.storage.list(f"commits/v{policy_of(part):06d}"):
-        match = FILE.fullmatch(entry.path.rsplit("/", 1)[1])
-        if match is not None and match[1] == part:
-            found.append(int(match[2]))
-    return found
+    return list_numbers(cache.storage, f"commits/v{policy_of(part):06d}").get(part, [])

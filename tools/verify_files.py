@@ -105,7 +105,8 @@ CHECKS: dict[str, Callable[[Cache, str], None]] = {
 
 
 def _read(cache: Cache, path: str) -> dict[str, Any]:
-    return jsonfile.load_sealed(cache.storage.get(path), cache.storage.describe(path))
+    data = cache.storage.get(path, jsonfile.MAX_BYTES)
+    return jsonfile.load_sealed(data, cache.storage.describe(path))
 
 
 def _fields(cache: Cache, path: str, kind: str) -> dict[str, Any]:

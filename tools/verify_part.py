@@ -7,10 +7,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from stillroom.cache.check_rollouts import check_rows
-from stillroom.cache.commits import Commit, commit_path, read_commit
+from stillroom.cache.commits import Commit, commit_path, first_free, read_commit
 from stillroom.cache.errors import MissingError, StillroomError
-from stillroom.cache.quarantine import damaged_commits, list_quarantine, quarantine_path
-from stillroom.cache.store import Cache
+from stillroom.cache.quarantine import (
+    decode_quarantine,
+    get_quarantine,
+    list_quarantine,
+    quarantine_path,
+)
+from stillroom.cache.store import Cache, retired_path
 from stillroom.cache.tombstones import removed_commits
 from stillroom.tools.findings import Finding, Report, ShardName
 from stillroom.tools.object_names import rollouts_path
@@ -55,12 +60,42 @@ class PartReport(Report):
 
 def read_marks(cache: Cache, report: Report) -> Marks:
     """List the marks. List commits first: what is quarantined later shows here."""
-    aside = list_quarantine(cache.storage)
+    files = get_quarantine(cache.storage, sorted(list_quarantine(cache.storage)))
+    damaged = _damaged(cache, files, report)
+    return Marks(files.keys(), damaged, removed_commits(cache.storage), cache.retired())
+
+
+def read_part_marks(
+    cache: Cache,
+    part: str,
+    numbers: Collection[int],
+    removed: Collection[ShardName],
+    report: Report,
+) -> Marks:
+    """Read the marks of one part again, without a look at those of others.
+
+    Args:
+        cache: the cache.
+        part: its name.
+        numbers: every n of which there is a commit.
+        removed: commits whose bytes `gc` removed.
+        report: takes marks that cannot be read.
+    """
+    found = get_quarantine(cache.storage, [(part, n) for n in numbers])
+    files = {name: data for name, data in found.items() if not isinstance(data, MissingError)}
+    retired = {part} if cache.storage.exists(retired_path(part)) else set()
+    return Marks(files.keys(), _damaged(cache, files, report), removed, retired)
+
+
+def _damaged(
+    cache: Cache, files: Mapping[ShardName, bytes | StillroomError], report: Report
+) -> set[ShardName]:
     damaged = set()
-    for name in aside:
+    for name, data in files.items():
         with report.watch(quarantine_path(*name)):
-            damaged |= damaged_commits(cache.storage, {name})
-    return Marks(aside.keys(), damaged, removed_commits(cache.storage), cache.retired())
+            if decode_quarantine(cache.storage, name, data).damaged:
+                damaged.add(name)
+    return damaged
 
 
 def verify_part(
@@ -95,7 +130,8 @@ def verify_part(
             else:
                 report.foreign += 1
                 problem = f"of the identity {commit.identity}, not of this cache's"
-                report.find(path, problem, "Score the part again.", name)
+                do = "Restore the commit or cache.json, whichever is wrong; --repair leaves both."
+                report.find(path, problem, do)
     _check_live(part, numbers, marks, report)
     for name, commit in report.commits.items():
         own = _of_commit(commit, found, report)
@@ -143,13 +179,23 @@ def _rollouts(cache: Cache, part: str, report: Report) -> Rollouts | None:
     return None
 
 
-def _check_live(part: str, numbers: Collection[int], marks: Marks, report: Report) -> None:
-    live = sorted(n for n in numbers if (part, n) not in marks.aside)
-    for n in live[:-1]:
-        problem = f"a second live commit besides n = {live[-1]}, which readers take"
+def _check_live(part: str, numbers: Collection[int], marks: Marks, report: PartReport) -> None:
+    """At most one commit is out of quarantine, and all before it are in it. Which of two is to go
+    is for a person to say where one is of another identity."""
+    live = first_free(part, marks.aside)
+    others = sorted(n for n in numbers if n != live and (part, n) not in marks.aside)
+    for n in others:
+        path = commit_path(part, n)
+        if live not in numbers:
+            problem = f"not live: commit {live} is neither there nor in quarantine"
+            report.find(path, problem, f"Restore {commit_path(part, live)}, or its mark.")
+            continue
+        problem = f"a second live commit besides n = {live}, which readers take"
+        shard = None if report.foreign else (part, n)
         do = "Put it into quarantine, as --repair does."
-        finding = Finding(commit_path(part, n), problem, do, (part, n), damaged=False)
-        report.findings.append(finding)
+        if report.foreign:
+            do = "Keep the one that belongs to cache.json."
+        report.findings.append(Finding(path, problem, do, shard, damaged=False))
 
 
 def _of_commit(commit: Commit, found: Rollouts | None, report: Report) -> Rollouts | None:

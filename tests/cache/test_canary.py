@@ -123,6 +123,31 @@ def test_a_file_without_usable_scores_is_refused(
     check_refused(cache, root, jsonfile.dump_sealed(value))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"order": "0"},
+        {"order": None},
+        {"more": 1},
+        {"sampled_logprob": 1e300},
+        {"sampled_logprob": -1e300},
+        {"sampled_logprob": False},
+        {"topk_id": -1},
+        {"topk_id": 2**62},
+    ],
+)
+def test_one_value_that_cannot_be_is_refused(
+    cache: Cache, root: Path, change: dict[str, Any]
+) -> None:
+    """A list of numbers takes the new one in place of all of its own."""
+    check_canary(cache, FakeTeacher())
+    stored = jsonfile.load_sealed((root / PATH).read_bytes(), "x")
+    for name, value in change.items():
+        old = stored.get(name)
+        stored[name] = np.full(np.shape(old), value).tolist() if isinstance(old, list) else value
+    check_refused(cache, root, jsonfile.dump_sealed(stored))
+
+
 def check_refused(cache: Cache, root: Path, data: bytes) -> None:
     """Other bytes in place of a canary are damage, for its own class and for a new one."""
     check_canary(cache, FakeTeacher())

@@ -52,6 +52,14 @@ def test_a_part_has_one_owner(storage: Storage) -> None:
     assert read(storage).pid == os.getpid()
 
 
+def test_a_claim_of_a_tebibyte_is_not_read_and_goes_by_its_age(storage: Storage) -> None:
+    storage.put_new(claim_path(PART), b"")
+    os.truncate(storage.folder / claim_path(PART), 1 << 40)
+    assert not Claims(storage).take(PART)
+    os.utime(storage.folder / claim_path(PART), (0, 0))
+    assert Claims(storage).take(PART)
+
+
 def test_of_many_workers_at_once_one_gets_the_part(storage: Storage) -> None:
     workers = [Claims(storage) for _ in range(8)]
     got: list[bool] = []

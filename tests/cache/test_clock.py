@@ -56,3 +56,16 @@ def test_the_store_is_asked_once(
     assert store.now() == 5000
     clocks.since_boot += 30
     assert store.now() == 5030
+
+
+@pytest.mark.parametrize("step", [3600.0, -3600.0])
+def test_a_wall_clock_that_is_set_does_not_move_the_stores(
+    clocks: Clocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: float
+) -> None:
+    monkeypatch.setattr(Storage, "now", lambda _: 5000.0)
+    store = StoreClock(Storage(tmp_path))
+    assert store.now() == 5000
+    clocks.wall += step
+    assert store.now() == 5000
+    clocks.since_boot += 7
+    assert store.now() == 5007

@@ -20,6 +20,7 @@ from stillroom.cache.commits import put_commit
 from stillroom.cache.errors import CorruptError, MissingError, StorageError
 from stillroom.cache.pins import pin, pin_path, unpin
 from stillroom.cache.score import score
+from stillroom.cache.snapshot import snapshot_path
 from stillroom.cache.store import Cache
 from stillroom.cache.tombstones import removed_commits
 from tests.cache.aged_cache import SIZES, AgedCache, Made, Part, Pinned, made_up_commit, make_aged
@@ -130,6 +131,43 @@ def test_attempts_beside_a_commit_that_cannot_be_read_are_kept(world: AgedCache)
     for done in (collect(world.cache, plan), plan_collection(world.cache)):
         assert "attempt" not in {item.kind for item in done.rubbish}
         assert any("commit cannot be read" in one.why for one in done.kept)
+
+
+def test_without_any_commit_no_whole_attempt_goes(world: AgedCache) -> None:
+    """Someone moved commits/ away."""
+    shards = {path for path in world.files() if path.endswith((".json", ".zip"))}
+    commits = world.cache.storage.folder / "commits"
+    commits.rename(commits.with_name("away"))
+    done = collect(world.cache, plan_collection(world.cache))
+    kept = {path for path in shards if path.startswith("scores/")}
+    assert kept
+    assert kept <= world.files()
+    reasons = [one.why for one in done.kept] + [o.why for o in plan_collection(world.cache).kept]
+    assert any("no commit at all" in why for why in reasons)
+    assert any("names it, but its commit is gone" in why for why in reasons)
+
+
+def test_a_shard_whose_commit_is_lost_is_kept_by_a_snapshot(world: AgedCache) -> None:
+    """A stored one will do; nobody pins it."""
+    snapshot_id = snapshot_of(world, REPLACED)
+    commit = world.commits[REPLACED, 1]
+    lost = world.cache.storage.folder / f"commits/v000000/{commit.part}.1.json"
+    lost.unlink()
+    plan = plan_collection(world.cache)
+    assert any(snapshot_id in one.why and commit.attempt in one.what for one in plan.kept)
+    collect(world.cache, plan)
+    assert len(shard_files(world, REPLACED, 1)) == len(SIZES)
+
+
+def test_a_snapshot_that_cannot_be_read_keeps_what_it_may_name(world: AgedCache) -> None:
+    path = snapshot_path(snapshot_of(world, REPLACED))
+    commit = world.commits[REPLACED, 1]
+    (world.cache.storage.folder / f"commits/v000000/{commit.part}.1.json").unlink()
+    (world.cache.storage.folder / path).write_bytes(b"x")
+    done = collect(world.cache, plan_collection(world.cache))
+    assert len(shard_files(world, REPLACED, 1)) == len(SIZES)
+    assert "attempt" in {item.kind for item in done.rubbish}, "one without a manifest"
+    assert any(path in one.why for one in plan_collection(world.cache).kept)
 
 
 def test_a_pin_that_is_renewed_meanwhile_stays(cache: Cache) -> None:

@@ -1,10 +1,14 @@
 """Commits: one attempt wins, whatever the storage answers."""
 
 import base64
+import errno
 import json
+import os
+import tracemalloc
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,6 +28,7 @@ from stillroom.cache.commits import (
 )
 from stillroom.cache.errors import CorruptError, InputError, MissingError, StorageError
 from stillroom.cache.part import part_name
+from stillroom.cache.quarantine import next_n, quarantine_path
 from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
 from tests.cache.conftest import QUICK
@@ -115,6 +120,43 @@ def test_a_shard_is_committed_when_every_reply_is_lost(tmp_path: Path) -> None:
     assert cache.shard(commit).read("token").tolist() == arrays["token"].tolist()
 
 
+@pytest.mark.parametrize("failures", [1, 2, 1000])
+def test_a_commit_that_is_not_durable_is_not_won(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """The fsync of its folder fails, once or always, after the commit was linked."""
+    fsync, folder, left = os.fsync, (tmp_path / PATH).parent, [failures]
+
+    def failing(handle: int) -> None:
+        if (tmp_path / PATH).exists() and os.path.samestat(os.fstat(handle), folder.stat()):
+            left[0] -= 1
+            if left[0] >= 0:
+                raise OSError(errno.EIO, "Input/output error")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    if failures < 1000:
+        assert put_commit(Storage(tmp_path), make_commit())
+        assert left[0] < 0, "the folder was made durable after the failures"
+    else:
+        with pytest.raises(StorageError, match="Input/output error"):
+            put_commit(Storage(tmp_path), make_commit())
+    assert read_commit(Storage(tmp_path), PATH) == make_commit()
+
+
+@settings(QUICK, max_examples=30)
+@given(st.sets(st.integers(0, 4)), st.sets(st.integers(0, 4)))
+def test_listing_and_asking_agree_on_the_live_commit(numbers: set[int], aside: set[int]) -> None:
+    with TemporaryDirectory() as folder:
+        storage = Storage(folder)
+        for n in numbers:
+            storage.put(commit_path(PART, n), b"{}")
+        for n in aside:
+            storage.put(quarantine_path(PART, n), b"{}")
+        n = next_n(storage, PART)
+        assert list_commits(storage) == ({PART: n} if n in numbers else {})
+
+
 def test_an_absent_commit_is_tried_again(tmp_path: Path) -> None:
     storage = LostReply(tmp_path, "commits", "error", effective=False)
 
@@ -140,7 +182,7 @@ def test_a_storage_that_says_exists_and_has_nothing_is_an_error(tmp_path: Path) 
 class Unreadable(LostReply):
     """A storage that takes commits and cannot be read."""
 
-    def get(self, path: str) -> bytes:
+    def get(self, path: str, max_bytes: int | None = None) -> bytes:
         """Fail."""
         raise StorageError(self.describe(path), "to read it", "a time-out", "Try again.")
 
@@ -364,3 +406,17 @@ def test_a_zip_bomb_is_not_unpacked() -> None:
     bomb = _packed(b"\0" * (20 << 20))
     with pytest.raises(CorruptError, match="got 37 bytes"):
         make_commit(row_table=bomb).row_lengths()
+
+
+def test_a_small_table_of_many_rows_takes_no_gigabyte() -> None:
+    rows = commits.MAX_ROWS
+    table = _packed(np.repeat(np.array([1, 1, 0], "<u4"), rows).tobytes())
+    commit = make_commit(rows=rows, tokens=2 * rows, positions=rows, row_table=table)
+    tracemalloc.start()
+    try:
+        lengths = commit.row_lengths()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(lengths, np.broadcast_to(np.array([2, 1, 1]), (rows, 3)))
+    assert peak < 48 * rows

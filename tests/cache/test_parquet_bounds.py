@@ -113,3 +113,17 @@ def test_a_page_that_claims_more_than_the_file_may_become() -> None:
     new = b"\x15" + varint(2 * (1 << 30))
     data = DATA[: start + 2] + new + DATA[start + 2 + len(old) :]
     refused(data, "far more|column of|cut off")
+
+
+def test_columns_that_share_their_bytes() -> None:
+    """Two columns of the same kind, of which the second says to lie where the first does."""
+    values = pa.array(np.arange(20_000))
+    data = written(pa.table({"a": values, "b": values}), use_dictionary=False)
+    check_bounds(data, ())
+    first, second = (column[3] for column in read_footer(data)[4][0][1])
+    old, new = (b"\x26" + varint(2 * chunk[9]) for chunk in (second, first))
+    assert data.count(old) >= 1
+    size = int.from_bytes(data[-8:-4], "little")
+    footer = data[-8 - size : -8].replace(old, new)
+    body = data[: first[9] + first[7]]
+    refused(body + footer + len(footer).to_bytes(4, "little") + b"PAR1", "shared")

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom.cache import plain_parquet
-from stillroom.cache.plain_parquet import BYTE_ARRAY, FLOAT, INT32, INT64, read_groups
+from stillroom.cache.plain_parquet import (
+    BYTE_ARRAY,
+    FLOAT,
+    INT32,
+    INT64,
+    read_footer,
+    read_groups,
+)
 from stillroom.cache.thrift_reader import read_struct
 from tests.cache.conftest import QUICK
 
@@ -215,3 +222,27 @@ def test_a_long_footer_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain_parquet, "FOOTER_BYTES", 100)
     with pytest.raises(ValueError, match="a footer of"):
         read(DATA)
+
+
+def test_columns_that_share_their_bytes_are_refused() -> None:
+    """Many row groups in one place would take far more time than the file's size says."""
+    footer = read_footer(DATA)
+    groups = [[column[3] for column in group[1]] for group in footer[4]]
+    first, second = groups[0][0], groups[1][0]
+    whole = [b"\x16" + varint(c[7]) + b"\x26" + varint(c[9]) for c in (first, second)]
+    size = int.from_bytes(DATA[-8:-4], "little")
+    tail = DATA[-8 - size : -8]
+    assert tail.count(whole[1]) == 1
+    shared = b"\x16" + varint(len(DATA) - first[9]) + b"\x26" + varint(first[9])
+    tail = tail.replace(whole[1], shared)
+    with pytest.raises(ValueError, match="beyond the file or shared"):
+        read(DATA[: -8 - size] + tail + len(tail).to_bytes(4, "little") + b"PAR1")
+
+
+def test_a_long_page_header_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain_parquet, "HEADER_BYTES", 100)
+    header = page_header(*RIGHT)[:-1]
+    longer = {size: header + bytes([0x18, size]) + b"x" * size + b"\0" for size in (10, 90)}
+    assert len(read(with_page(longer[10], PACKED))) == 3
+    with pytest.raises(ValueError, match="cut off"):
+        read(with_page(longer[90], PACKED))

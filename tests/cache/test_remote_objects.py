@@ -8,16 +8,20 @@ from typing import Any
 import pytest
 
 from stillroom.cache import commits, remote_objects
+from stillroom.cache.claims import Claims
 from stillroom.cache.commits import commit_path, put_commit, read_commit
 from stillroom.cache.errors import ConfigError, CorruptError, MissingError, StorageError
+from stillroom.cache.pins import pin
 from stillroom.cache.ranges import GAP_BYTES
 from stillroom.cache.storage import Storage
+from tests.cache.fakes import make_meta
 from tests.cache.faulty_proxy import Kind
 from tests.cache.s3 import QUICKLY, S3, SECRET, SOON
 from tests.cache.test_commits import make_commit
 
 BEFORE: list[Kind] = ["refuse", "drop"]
 AFTER: list[Kind] = ["fail", "lose"]
+PART = make_meta(1).name
 READS: dict[str, Callable[[Storage], object]] = {
     "get": lambda storage: storage.get("a/b"),
     "get_ranges": lambda storage: storage.get_ranges("a/b", [2], [3]),
@@ -127,7 +131,7 @@ def test_what_each_call_costs(s3: S3, storage: Storage) -> None:
         (lambda: storage.put_new("a/c", b"x"), 2),
         (lambda: storage.put("a/c", b"x"), 1),
         (lambda: storage.delete("a/c"), 1),
-        (lambda: storage.now(), 3),
+        (lambda: storage.now(), 2),
         (lambda: storage.get_ranges("a/b", [0, 4, 8], [2, 2, 2]), 1),
         (lambda: storage.get_ranges("a/b", [0, 4, 8], [2, 2, 2], 10), 1),
         (lambda: storage.get_ranges("a/b", [3], [0], 10), 0),
@@ -153,6 +157,47 @@ def test_ranges_far_apart_are_asked_for_at_once(s3: S3) -> None:
         f"bytes={step}-{step + 99}",
         f"bytes={2 * step}-{2 * step + 99}",
     ]
+
+
+@pytest.mark.parametrize(
+    ("size", "cost"), [(0, 2), (1, 1), (1000, 1), (1001, 2), (2000, 2), (7300, 8)]
+)
+def test_a_large_object_comes_in_pieces(
+    s3: S3, monkeypatch: pytest.MonkeyPatch, size: int, cost: int
+) -> None:
+    monkeypatch.setattr(remote_objects, "GET_BYTES", 1000)
+    storage, data = Storage(s3.new_root(), **QUICKLY), os.urandom(size)
+    storage.put_new("a", data)
+    s3.proxy.behave()
+    assert storage.get("a", size) == data
+    assert s3.proxy.count() == cost
+
+
+def test_an_object_that_is_too_large_costs_one_request(
+    s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_objects, "GET_BYTES", 1000)
+    storage = Storage(s3.new_root(), **QUICKLY)
+    storage.put_new("a", bytes(5000))
+    s3.proxy.behave()
+    with pytest.raises(CorruptError, match="/a: expected at most 4999 bytes; got 5000 bytes"):
+        storage.get("a", 4999)
+    assert s3.proxy.count() == 1
+
+
+def test_a_scorer_and_a_reader_need_no_right_to_delete(s3: S3, storage: Storage) -> None:
+    for method in ("DELETE", "POST"):
+        s3.proxy.misbehave("deny", method, times=10**6)
+    with pytest.raises(StorageError, match="AccessDenied"):
+        storage.delete("a/b")
+    before = storage.now()
+    assert pin(storage, "run", ["1" * 32]).expires >= before
+    first, second = Claims(storage), Claims(storage)
+    assert first.take(PART)
+    assert not second.take(PART)
+    with first.renewed(PART):
+        pass
+    assert second.take(PART)
 
 
 def test_a_listing_takes_a_request_for_every_thousand(s3: S3) -> None:

@@ -156,9 +156,10 @@ def test_ids_of_a_part_are_read_alone(cache: Cache) -> None:
 
 def test_a_part_with_a_rollout_that_has_no_id_is_refused() -> None:
     table = pa.table({"rollout_id": pa.array([1, None], pa.uint64())})
-    table = table.replace_schema_metadata({METADATA_KEY: b"{}", HASH_KEY: NO_HASH})
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", store_schema=False)
+    with pq.ParquetWriter(sink, table.schema, compression="zstd", store_schema=False) as writer:
+        writer.add_key_value_metadata({METADATA_KEY: b"{}", HASH_KEY: NO_HASH})
+        writer.write_table(table)
     with pytest.raises(CorruptError, match=r"f: .* a rollout without an id"):
         decode_rollout_ids(seal(sink.getvalue()), "f")
     with pytest.raises(CorruptError, match="f: "):

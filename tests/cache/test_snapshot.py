@@ -190,15 +190,17 @@ def checkpoints(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     read: list[str] = []
     get, get_many = Storage.get, Storage.get_many
 
-    def recorded(self: Storage, path: str) -> bytes:
+    def recorded(self: Storage, path: str, max_bytes: int | None = None) -> bytes:
         read.append(path)
-        return get(self, path)
+        return get(self, path, max_bytes)
 
-    def recorded_many(self: Storage, paths: Sequence[str]) -> list[bytes | StillroomError]:
+    def recorded_many(
+        self: Storage, paths: Sequence[str], max_bytes: int | None = None
+    ) -> list[bytes | StillroomError]:
         read.extend(paths)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Storage, "get", get)
-            return get_many(self, paths)
+            return get_many(self, paths, max_bytes)
 
     monkeypatch.setattr(snapshots, "FEW", 0)
     monkeypatch.setattr(snapshots, "AT_ONCE", 2)

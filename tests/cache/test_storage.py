@@ -87,6 +87,24 @@ def test_a_first_put_wins_and_stays(either: Storage) -> None:
     assert either.exists("a/b.json")
 
 
+def test_an_object_larger_than_its_kind_is_refused(either: Storage) -> None:
+    either.put_new("a/b", b"0123456789")
+    assert either.get("a/b", 10) == b"0123456789"
+    message = f"{re.escape(either.describe('a/b'))}: expected at most 9 bytes; got 10 bytes"
+    with pytest.raises(CorruptError, match=message):
+        either.get("a/b", 9)
+    found = either.get_many(["a/b", "a/c"], 9)
+    assert [type(one) for one in found] == [CorruptError, MissingError]
+    assert either.get_many(["a/b"], 10) == [b"0123456789"]
+
+
+def test_a_file_that_is_too_large_is_not_read(storage: Storage) -> None:
+    storage.put_new("a", b"")
+    os.truncate(folder(storage) / "a", 1 << 40)
+    with pytest.raises(CorruptError, match=f"at most 100 bytes; got {1 << 40} bytes"):
+        storage.get("a", 100)
+
+
 def test_a_put_leaves_no_other_file(storage: Storage) -> None:
     storage.put_new("a/b.json", b"first")
     storage.put_new("a/b.json", b"second")
@@ -270,10 +288,12 @@ def test_an_entry_is_that_of_the_listing(either: Storage) -> None:
     assert either.entry("a") is None
 
 
-def test_asking_for_the_time_leaves_nothing(either: Storage) -> None:
+def test_asking_for_the_time_leaves_at_most_what_gc_collects(either: Storage) -> None:
     either.put_new("a", b"x")
     either.now()
-    assert either.list("probe") == []
+    left = [entry.path for entry in either.list_all() if entry.path != "a"]
+    assert left == [entry.path for entry in either.list("probe")]
+    assert len(left) == (0 if either.is_local else 1)
     assert either.temporaries() == []
 
 

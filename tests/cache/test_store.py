@@ -3,6 +3,7 @@
 import os
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,19 @@ import pytest
 
 from stillroom.cache import Cache as Exported
 from stillroom.cache import jsonfile
-from stillroom.cache.errors import MismatchError, MissingError, ShapeError, StorageError
+from stillroom.cache.canary import read_canary
+from stillroom.cache.commits import Commit, attempt_path, commit_path
+from stillroom.cache.errors import (
+    CorruptError,
+    MismatchError,
+    MissingError,
+    ShapeError,
+    StorageError,
+)
 from stillroom.cache.identity import SHARD_FORMATS
 from stillroom.cache.manifest import Manifest
+from stillroom.cache.pins import list_pins
+from stillroom.cache.quarantine import damaged_commits, quarantine_path
 from stillroom.cache.score import score
 from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
@@ -186,3 +197,33 @@ def test_the_metadata_of_a_large_shard_costs_little(tmp_path: Path, shard_format
     chunks = cache.shard(commit).manifest.arrays.values()
     payload = sum(chunk.length for entry in chunks for chunk in entry.chunks)
     assert (commit.stored_bytes - payload) / positions < 1
+
+
+READERS: dict[str, Callable[[Cache, Commit], object]] = {
+    "identity": lambda cache, _: Cache.open(cache.storage.root),
+    "commit": lambda cache, _: cache.snapshot(),
+    "manifest": lambda cache, commit: cache.shard(commit),
+    "quarantine": lambda cache, _: damaged_commits(cache.storage),
+    "pin": lambda cache, _: list_pins(cache.storage),
+    "canary": lambda cache, _: read_canary(cache, "canary/x.json"),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_small_file_of_a_tebibyte_is_refused_and_not_read(tmp_path: Path, kind: str) -> None:
+    cache = Cache.create(tmp_path, make_identity())
+    commit = commit_shard(cache, random_arrays(0, 20, 3))
+    path = {
+        "identity": "cache.json",
+        "commit": commit_path(commit.part, 0),
+        "manifest": f"{attempt_path(commit.part, commit.attempt)}/manifest.json",
+        "quarantine": quarantine_path(commit.part, 0),
+        "pin": "pins/run.json",
+        "canary": "canary/x.json",
+    }[kind]
+    cache.storage.put_new(path, b"{}")
+    os.truncate(tmp_path / path, 1 << 40)
+    with pytest.raises(
+        CorruptError, match=rf"{re.escape(path)}: .*at most \d+ bytes; got {1 << 40}"
+    ):
+        READERS[kind](cache, commit)

@@ -41,9 +41,9 @@ def test_the_commit_of_a_part_with_one_attempt_is_not_read(
     read: list[str] = []
     get_many = Storage.get_many
 
-    def noting(storage: Storage, paths: list[str]) -> object:
+    def noting(storage: Storage, paths: list[str], max_bytes: int | None = None) -> object:
         read.extend(paths)
-        return get_many(storage, paths)
+        return get_many(storage, paths, max_bytes)
 
     monkeypatch.setattr(Storage, "get_many", noting)
     found = survey(world.cache.storage, world.cache.storage.now(), 3600.0)

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 from stillroom.cache.entry import Entry
 from stillroom.cache.errors import MissingError, StillroomError
-from stillroom.cache.ranges import wrong_size
+from stillroom.cache.ranges import too_large, wrong_size
 from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
 from tests.tools.small_cache import fill, make_cache
@@ -30,15 +30,20 @@ class MemoryStorage(Storage):
         data = self.objects.get(path)
         return None if data is None else Entry(path, len(data), 0.0)
 
-    def get(self, path: str) -> bytes:
+    def get(self, path: str, max_bytes: int | None = None) -> bytes:
         """A whole object."""
         if path not in self.objects:
             raise MissingError(self.describe(path), "an object", "nothing", "Restore it.")
-        return self.objects[path]
+        data = self.objects[path]
+        if max_bytes is not None and len(data) > max_bytes:
+            raise too_large(self.describe(path), max_bytes, len(data))
+        return data
 
-    def get_many(self, paths: Sequence[str]) -> list[bytes | StillroomError]:
+    def get_many(
+        self, paths: Sequence[str], max_bytes: int | None = None
+    ) -> list[bytes | StillroomError]:
         """Several objects."""
-        return [self.get(path) for path in paths]
+        return [self.get(path, max_bytes) for path in paths]
 
     def get_ranges(
         self, path: str, starts: Sequence[int], lengths: Sequence[int], size: int | None = None

@@ -2,8 +2,7 @@
 tests.integration.race_child` by test_kill_scorers.
 
 Reads lines `task root`, forks a child for each, which does the task, and answers with its pid. It
-starts no thread of its own, so that it may fork. Clocks are short, in the proportions of the real
-ones: attempts are committed within 0.25 s, and rubbish is 1 s old.
+starts no thread of its own, so that it may fork.
 """
 
 import os
@@ -12,8 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 
-from stillroom.cache import shard_writer
-from stillroom.cache.attempt import Attempt
 from stillroom.cache.collect import collect, plan_collection
 from stillroom.cache.errors import StillroomError
 from stillroom.cache.part import encode_part
@@ -22,8 +19,6 @@ from stillroom.cache.store import Cache
 from stillroom.tools.repair import repair
 from stillroom.tools.verify import verify
 from tests.cache.fakes import FakeTeacher, make_meta, random_rollouts
-
-COMMIT_WITHIN_S, MIN_AGE_S = 0.25, 1.0
 
 
 def score_all(root: str) -> None:
@@ -35,7 +30,7 @@ def clean(root: str) -> None:
     """Remove rubbish again and again."""
     while True:
         cache = Cache.open(root)
-        collect(cache, plan_collection(cache, min_age_s=MIN_AGE_S))
+        collect(cache, plan_collection(cache))
         time.sleep(0.01)
 
 
@@ -62,7 +57,6 @@ def run(task: str, root: str) -> None:
 
 if __name__ == "__main__":
     encode_part(random_rollouts(0, 1), make_meta())  # what pyarrow imports late takes 0.5 s
-    vars(shard_writer)["Attempt"] = lambda part, _: Attempt(part, COMMIT_WITHIN_S)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the dead are nobody's zombies
     for line in sys.stdin:
         chosen, folder = line.rstrip("\n").split(" ", 1)

@@ -14,17 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from stillroom.cache.commits import read_commit
+from stillroom.cache.collect import collect, plan_collection
 from stillroom.cache.schema import Arrays
 from stillroom.cache.score import score
 from stillroom.cache.store import Cache
 from tests.cache.fakes import FakeTeacher, make_identity, make_meta, random_rollouts, same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = 5
+PARTS = 8
 NAMES = [make_meta(number).name for number in range(PARTS)]
 KILLS_A_ROOT = 8
-LONGEST_S = 0.12
+LONGEST_S = 0.08
+OLD_S = 3 * 24 * 3600
 
 
 class Children:
@@ -96,10 +97,30 @@ def check(root: Path, expected: dict[str, Arrays], before: dict[str, bytes]) -> 
     return commits
 
 
-def race(children: Children, root: Path, expected: dict[str, Arrays], rng: random.Random) -> int:
-    """Kill scorers, and now and then the others, until enough died; how many did."""
+def left_behind(root: Path) -> set[Path]:
+    """Objects of attempts, and temporary files."""
+    return {*root.glob("scores/*/*/*"), *root.glob("commits/*/.*.tmp")}
+
+
+def age(paths: set[Path]) -> None:
+    """Three days pass for what dead scorers left; `gc` may take any of it at that moment."""
+    then = time.time() - OLD_S
+    for path in paths:
+        with suppress(FileNotFoundError):
+            os.utime(path, (then, then))
+
+
+def race(
+    children: Children, root: Path, expected: dict[str, Arrays], rng: random.Random
+) -> tuple[int, int]:
+    """Kill scorers, and now and then the others, until enough died.
+
+    Returns:
+        How many died, and how many objects that they left were removed meanwhile.
+    """
     others = {task: children.start(task, root) for task in ("clean", "mend")}
     commits: dict[str, bytes] = {}
+    aged: set[Path] = set()
     kills = rounds = 0
     while kills < KILLS_A_ROOT and rounds < 4 * KILLS_A_ROOT:
         rounds += 1
@@ -112,27 +133,33 @@ def race(children: Children, root: Path, expected: dict[str, Arrays], rng: rando
             others[task] = children.start(task, root)
             kills += 1
         commits = check(root, expected, commits)
+        aged |= left_behind(root)
+        age(aged)
     cache = Cache.open(root)
     report = score(cache, FakeTeacher())
     assert sorted(report.scored) == sorted(set(NAMES) - {n.rsplit(".", 2)[0] for n in commits})
     for task, pid in others.items():
         assert children.kill(pid), f"{task} ended by itself"
+    removed = sum(not path.exists() for path in aged)
+    age(left_behind(root))
+    collect(cache, plan_collection(cache))
     check(root, expected, commits)
     assert sorted(cache.commits()) == NAMES
-    assert len(read_commit(cache.storage, f"commits/v000000/{NAMES[0]}.0.json").attempt) == 32
-    return kills
+    assert len(left_behind(root)) == 2 * PARTS, "shard and manifest of each part, and nothing else"
+    return kills, removed
 
 
 def kill_many(
     children: Children, start: Path, expected: dict[str, Arrays], folder: Path, kills: int
 ) -> None:
-    rng, killed, roots = random.Random(kills), 0, 0
+    rng, killed, removed, roots = random.Random(kills), 0, 0, 0
     while killed < kills:
         root = Path(shutil.copytree(start, folder / str(roots)))
-        killed += race(children, root, expected, rng)
+        died, gone = race(children, root, expected, rng)
         shutil.rmtree(root)
-        roots += 1
+        killed, removed, roots = killed + died, removed + gone, roots + 1
         assert roots < kills
+    assert removed > 0, "gc met the scorers"
 
 
 @pytest.mark.dist

@@ -83,6 +83,9 @@ def test_a_policy_that_is_not_there_or_damaged_is_named(
     storage.put_new(policy_path(5), b'{"version": 5}')
     with pytest.raises(CorruptError, match=r"000005\.json"):
         read_policy(storage, 5)
+    storage.put_new(policy_path(6), bytes(1 << 17))
+    with pytest.raises(CorruptError, match=r"000006\.json: expected at most 65536 bytes"):
+        read_policy(storage, 6)
 
 
 @pytest.mark.parametrize(

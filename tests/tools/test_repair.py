@@ -8,14 +8,15 @@ import pytest
 
 from stillroom.cache.commits import commit_path
 from stillroom.cache.errors import CorruptError, StorageError
-from stillroom.cache.quarantine import damaged_commits, quarantine_path
+from stillroom.cache.quarantine import damaged_commits, put_quarantine, quarantine_path
 from stillroom.cache.score import score
-from stillroom.cache.storage import Storage
+from stillroom.cache.storage import Entry, Storage
 from stillroom.cache.store import Cache
 from stillroom.tools.findings import Report
 from stillroom.tools.repair import repair
 from stillroom.tools.verify import verify
-from tests.cache.fakes import FakeTeacher
+from stillroom.tools.verify_part import read_marks
+from tests.cache.fakes import FakeTeacher, make_meta
 from tests.tools.small_cache import (
     FORMATS,
     LIVE,
@@ -150,12 +151,28 @@ def test_a_second_live_commit_is_set_aside(root: Path) -> None:
     cache = Cache.open(root)
     [snapshot] = cache.storage.list("snapshots")
     [repaired] = run_repair(root).repaired
-    assert repaired.object == commit_path(LIVE, 0)
+    assert repaired.object == commit_path(LIVE, 1)
     assert damaged_commits(cache.storage) == set()
-    assert cache.commits()[LIVE] == 1
+    assert cache.commits()[LIVE] == 0
     assert cache.is_scored(LIVE)
     cache.open_snapshot(snapshot.path.split("/")[1].removesuffix(".parquet"))
     assert verify(cache).findings == []
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_commit_of_another_identity_is_left_alone(root: Path, tree: Any, second: bool) -> None:
+    """Also where it is live and a commit of this cache stands behind it."""
+    path = root / commit_path(LIVE, 0)
+    if second:
+        (root / commit_path(LIVE, 1)).write_bytes(path.read_bytes())
+        edit(root / commit_path(LIVE, 1), lambda value: value.update(n=1))
+    edit(path, lambda value: value.update(identity="0" * 32))
+    before = tree(root)
+    report = run_repair(root)
+    assert report.repaired == []
+    assert tree(root) == before
+    [finding] = [one for one in report.findings if one.object == commit_path(LIVE, 0)]
+    assert "Restore the commit or cache.json" in finding.do
 
 
 def test_a_wrong_identity_repairs_nothing(root: Path, tree: Any) -> None:
@@ -223,3 +240,37 @@ def test_the_command_says_what_it_did(root: Path, run: Any) -> None:
     assert run("verify", root, "--repair").status == 0
     with pytest.raises(CorruptError, match="damaged"):
         Cache.open(root).open_snapshot(snapshot)
+
+
+def test_the_second_look_reads_the_marks_of_its_own_part_only(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache.open(root)
+    for part in (LIVE, OTHER):
+        flip(shard_object(root, part), 300)
+    for number in range(50, 55):
+        put_quarantine(cache.storage, make_meta(number).name, 0, "again", damaged=False)
+    report = verify(cache)
+    asked: list[str] = []
+    get, list_objects = Storage.get, Storage.list
+
+    def noting(self: Storage, path: str, *args: Any) -> bytes:
+        asked.append(path)
+        return get(self, path, *args)
+
+    def noting_lists(self: Storage, prefix: str) -> list[Entry]:
+        asked.append(prefix)
+        return list_objects(self, prefix)
+
+    monkeypatch.setattr(Storage, "get", noting)
+    monkeypatch.setattr(Storage, "list", noting_lists)
+    read_marks(cache, Report())
+    marks = [path for path in asked if path.startswith("quarantine")]
+    assert len(marks) == len(set(marks)) == 6, "one listing, and each file once"
+    asked.clear()
+    repair(cache, report, deep=False)
+    assert len(report.repaired) == 2
+    assert {path for path in asked if path.startswith("quarantine")} == {
+        quarantine_path(LIVE, 0),
+        quarantine_path(OTHER, 0),
+    }

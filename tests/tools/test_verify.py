@@ -221,7 +221,18 @@ def test_a_second_live_commit(root: Path) -> None:
     copy(first, second)
     edit(second, lambda value: value.update(n=1))
     [line] = found(root)
-    assert line == f"{commit_path(LIVE, 0)}: a second live commit besides n = 1, which readers take"
+    assert line == f"{commit_path(LIVE, 1)}: a second live commit besides n = 0, which readers take"
+
+
+def test_a_commit_behind_one_that_is_gone(root: Path) -> None:
+    """Readers do not take it, and the part is to be scored."""
+    commit_file(root).rename(commit_file(root, n=1))
+    edit(commit_file(root, n=1), lambda value: value.update(n=1))
+    assert LIVE not in Cache.open(root).commits()
+    lines = found(root, part=LIVE)
+    assert lines == [
+        f"{commit_path(LIVE, 1)}: not live: commit 0 is neither there nor in quarantine"
+    ]
 
 
 def test_a_commit_of_another_cache(root: Path) -> None:
@@ -277,10 +288,10 @@ def cache_of_gc(root: Path) -> Callable[[], None]:
 def test_a_failing_storage_is_no_damage(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, get = Cache.open(root), Storage.get
 
-    def failing(self: Storage, path: str) -> bytes:
+    def failing(self: Storage, path: str, max_bytes: int | None = None) -> bytes:
         if path.endswith("manifest.json"):
             raise StorageError(path, "to read it", "a timeout", "Try again.")
-        return get(self, path)
+        return get(self, path, max_bytes)
 
     monkeypatch.setattr(Storage, "get", failing)
     report = verify(cache, part=LIVE)
