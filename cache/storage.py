@@ -298,8 +298,11 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     """A path with `~` expanded.
 
     Raises:
-        ConfigError: there is no such user.
+        ConfigError: there is no such user, or no path can be so.
     """
+    if "\0" in os.fspath(path):
+        got = "one with a zero byte"
+        raise ConfigError(repr(os.fspath(path)), "a path", got, "Write the path out.")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

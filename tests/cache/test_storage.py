@@ -429,3 +429,8 @@ def test_a_forked_child_may_not_use_it(storage: Storage, call: str) -> None:
 def test_messages_name_the_object(tmp_path: Path) -> None:
     assert Storage(tmp_path).describe("a/b") == f"{tmp_path}/a/b"
     assert Storage("s3://bucket/prefix").describe("a/b") == "s3://bucket/prefix/a/b"
+
+
+def test_a_root_with_a_zero_byte_is_refused() -> None:
+    with pytest.raises(ConfigError, match="zero byte"):
+        Storage("a\0b")

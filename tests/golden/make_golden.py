@@ -24,8 +24,8 @@ from stillroom.cache.identity import Identity, TeacherId
 from stillroom.cache.part import PartMeta, prompt_id, rollout_id
 from stillroom.cache.part_arrays import part_arrays
 from stillroom.cache.pins import pin
-from stillroom.cache.score_rows import score_columns, score_rows
 from stillroom.cache.schema import Arrays
+from stillroom.cache.score_rows import score_columns, score_rows
 from stillroom.cache.shard_writer import ScoredBy
 from stillroom.cache.store import Cache
 from stillroom.cache.teacher import ScoreSpec

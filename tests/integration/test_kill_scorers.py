@@ -33,22 +33,31 @@ class Children:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
+        self._started: set[int] = set()
 
     def start(self, task: str, root: Path) -> int:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{task} {root}\n")
         self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        pid = int(self._process.stdout.readline())
+        self._started.add(pid)
+        return pid
 
     def kill(self, pid: int) -> bool:
         """Whether it was still at work."""
+        self._started.discard(pid)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
             while Path(f"/proc/{pid}").exists():
                 time.sleep(0.001)
             return True
         return False
+
+    def kill_all(self) -> None:
+        """None outlives a test that fails."""
+        for pid in tuple(self._started):
+            self.kill(pid)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +66,9 @@ def children() -> Iterator[Children]:
     with subprocess.Popen(
         command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
-        yield Children(process)
+        made = Children(process)
+        yield made
+        made.kill_all()
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(timeout=30) == 0
@@ -102,6 +113,14 @@ def left_behind(root: Path) -> set[Path]:
     return {*root.glob("scores/*/*/*"), *root.glob("commits/*/.*.tmp")}
 
 
+def leave_more(root: Path, rng: random.Random) -> None:
+    """What a scorer leaves that dies after its shard; few do by chance."""
+    folder = root / "scores" / rng.choice(NAMES) / rng.randbytes(16).hex()
+    with suppress(FileNotFoundError):  # gc removed the part's folder, which was empty
+        folder.mkdir(parents=True)
+        (folder / "shard.zarr.zip").write_bytes(b"a shard without a manifest")
+
+
 def age(paths: set[Path]) -> None:
     """Three days pass for what dead scorers left; `gc` may take any of it at that moment."""
     then = time.time() - OLD_S
@@ -133,6 +152,7 @@ def race(
             others[task] = children.start(task, root)
             kills += 1
         commits = check(root, expected, commits)
+        leave_more(root, rng)
         aged |= left_behind(root)
         age(aged)
     cache = Cache.open(root)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from stillroom.cache.score_rows import score_columns
 from stillroom.cache.schema import UNUSED_ID, Arrays
+from stillroom.cache.score_rows import score_columns
 from stillroom.cache.summarise import rounded, summarise
 from stillroom.cache.teacher import ScoreSpec
 from stillroom.replay.batch import Row, collate
