@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 PACKAGES = ("cache", "replay", "train", "tools")
-EXTRAS_FOR_USE = ("ray", "vllm")  # the others serve development and the examples
+EXTRAS_FOR_USE = ("bench", "ray", "vllm")  # the others serve development and the examples
 IMPORT_ALL = """
 import importlib, sys
 for name in sys.argv[1:]:
