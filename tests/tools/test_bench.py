@@ -52,6 +52,7 @@ def test_it_measures_a_caches_own_scores(made_root: Path, run: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(r"ignore:.*rows\.tar")  # webdataset does not close what it has read
 def test_other_stores_hold_the_same(tmp_path: Path) -> None:
     from stillroom.tools.bench_peers import peers, rows_of
 
