@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stillroom.cache.check_rollouts import bad_rows, unusable_row
+from stillroom.cache.check_rows import bad_rows, unusable_row
 from stillroom.cache.errors import InputError
 from stillroom.cache.fill_rollouts import contradictions, fill_rollouts
 from stillroom.cache.foreign_rows import Rows, read_rows

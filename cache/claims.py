@@ -1,9 +1,9 @@
 """Claims: which parts are being scored at the moment, and by whom.
 
 They save work and nothing else: any number of scorers may score the same part, and one commit wins.
-A claim is live while its object is renewed. It is dead once it was not renewed for a minute by the
-storage's clock, and at once when it belongs to a process of this machine that is gone. Scorers
-overwrite claims and delete none.
+A claim is live while its object is renewed, which takes a scorer that gets on. It is dead once it
+was not renewed for a minute by the storage's clock, and at once when it belongs to a process of
+this machine that is gone. Scorers overwrite claims and delete none.
 """
 
 import os
@@ -11,14 +11,14 @@ import socket
 import sys
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from stillroom.cache import jsonfile
-from stillroom.cache.clock import StoreClock
+from stillroom.cache.clock import Stopwatch, StoreClock
 from stillroom.cache.errors import CorruptError, MissingError, StorageError
 from stillroom.cache.storage import Storage
 
@@ -26,6 +26,10 @@ FOLDER = "claims"
 MAX_BYTES = 64 << 10
 RENEW_EVERY_S = 10.0
 DEAD_AFTER_S = 60.0
+STALLED_AFTER_S = 10 * DEAD_AFTER_S
+"""A scorer that shows no progress for so long renews its claim no more: it may hang for ever. One
+that only was slow costs its part's work twice, so this is longer than a teacher's largest batch
+takes, or the put of a shard on a slow line."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +66,7 @@ class Claims:
         self._storage = storage
         self._clock = StoreClock(storage)
         self._warned = False
+        self._renewed_at: dict[str, float] = {}
         self.worker = uuid.uuid4().hex
 
     def in_own_order(self, parts: Iterable[str]) -> list[str]:
@@ -80,6 +85,16 @@ class Claims:
             self._warn(part, error)
             return True
 
+    def is_held(self, part: str) -> bool:
+        """Whether another worker's claim of a part is live, for those who wait: one request, and
+        once a minute another. A claim that cannot be read for trouble holds nothing."""
+        try:
+            claim = self._read(part)
+            return claim is not None and claim.worker != self.worker and self._is_live(part, claim)
+        except StorageError as error:
+            self._warn(part, error)
+            return False
+
     def _take(self, part: str) -> bool:
         if self._storage.put_new(claim_path(part), self._mine(part)):
             return True
@@ -93,34 +108,44 @@ class Claims:
         return claim is not None and claim.worker == self.worker
 
     @contextmanager
-    def renewed(self, part: str) -> Iterator[None]:
-        """Renew a claim that was taken for as long as the block runs, then let go of the part.
+    def renewed(self, part: str) -> Iterator[Callable[[], None]]:
+        """Renew a claim that was taken for as long as the block runs and gets on, then let go of
+        the part. A claim that another worker has taken over is left to it.
 
         Trouble with the claim never fails the block: it is printed, once.
+
+        Yields:
+            What to call at each step forward. After `STALLED_AFTER_S` without a call the claim is
+            not renewed, until the next one.
         """
-        stop = threading.Event()
-        thread = threading.Thread(target=self._renew, args=(part, stop), daemon=True)
+        work = _Work()
+        thread = threading.Thread(target=self._renew, args=(part, work), daemon=True)
         thread.start()
         try:
-            yield
+            yield work.progress
         finally:
-            stop.set()
+            work.ended.set()
             thread.join()
             self._put(part, working=False)
 
-    def _renew(self, part: str, stop: threading.Event) -> None:
-        while not stop.wait(RENEW_EVERY_S):
-            self._put(part)
+    def _renew(self, part: str, work: "_Work") -> None:
+        while not work.ended.wait(RENEW_EVERY_S):
+            if work.stalled():
+                self._warn(part, f"nothing came of it for {STALLED_AFTER_S:.0f} s")
+            else:
+                self._put(part)
 
     def _put(self, part: str, *, working: bool = True) -> None:
         try:
-            self._storage.put(claim_path(part), self._mine(part, working=working))
+            claim = self._read(part)
+            if claim is None or claim.worker == self.worker:
+                self._storage.put(claim_path(part), self._mine(part, working=working))
         except StorageError as error:
             self._warn(part, error)
 
-    def _warn(self, part: str, error: StorageError) -> None:
+    def _warn(self, part: str, why: StorageError | str) -> None:
         if not self._warned:
-            print(f"  warning: others may score {part} too: {error}", file=sys.stderr, flush=True)
+            print(f"  warning: others may score {part} too: {why}", file=sys.stderr, flush=True)
         self._warned = True
 
     def _mine(self, part: str, *, working: bool = True) -> bytes:
@@ -130,8 +155,18 @@ class Claims:
     def _is_live(self, part: str, claim: Claim | None) -> bool:
         if claim is not None and not (claim.working and may_run(claim)):
             return False
+        if claim is not None and self._is_young(part):
+            return True
         entry = self._storage.entry(claim_path(part))
-        return entry is not None and self._clock.now() - entry.modified < DEAD_AFTER_S
+        if entry is None:
+            return False
+        self._renewed_at[part] = entry.modified
+        return self._is_young(part)
+
+    def _is_young(self, part: str) -> bool:
+        """Whether a claim cannot be dead, as far as this worker knows when it was renewed."""
+        renewed_at = self._renewed_at.get(part)
+        return renewed_at is not None and self._clock.now() - renewed_at < DEAD_AFTER_S
 
     def _read(self, part: str) -> Claim | None:
         """The claim; None where there is none or it cannot be understood: then its age decides."""
@@ -142,6 +177,22 @@ class Claims:
         except (CorruptError, MissingError):
             return None
         return claim
+
+
+class _Work:
+    """The work on one part: whether it has ended, and when it last got on."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self._since = Stopwatch()
+
+    def progress(self) -> None:
+        """Note a step forward."""
+        self._since = Stopwatch()
+
+    def stalled(self) -> bool:
+        """Whether nothing came for so long that nothing may come any more."""
+        return self._since.elapsed_s() > STALLED_AFTER_S
 
 
 def may_run(claim: Claim) -> bool:

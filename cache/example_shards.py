@@ -2,10 +2,11 @@
 only the teacher saw, unused entries, extra ids and user columns, each where it is asked for."""
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
-from stillroom.cache.schema import COLUMNS, FINISH_REASONS, SOURCES, UNUSED_ID, Arrays
+from stillroom.cache.schema import COLUMNS, FINISH_REASONS, SOURCES, UNUSED_ID, Arrays, Axis
 
 LARGEST = {
     "prompt_id": 2**64 - 1,
@@ -20,6 +21,8 @@ LARGEST = {
 }
 UNKNOWN = ("policy_version_min", "policy_version_max")
 """Columns that have -1 here and there."""
+USER_AXES: Final[dict[str, Axis]] = {"x_reward": "sequence", "x_advantage": "position"}
+"""Axes of the user columns, which their lengths do not tell where P = S."""
 
 
 def random_shard(
@@ -40,12 +43,13 @@ def random_shard(
         seed: equal seeds give equal arrays.
         positions: P, at least 1.
         sequences: S, 1 to P; each has a position.
-        topk: K, at most `vocab_size`.
-        vocab_size: ids are below it.
+        topk: K, at most `vocab_size`; where it equals that and all entries are used, no tail is
+            left.
+        vocab_size: ids are below it; the largest one is there.
         extra: M; 0 leaves the extra columns out.
         mass: whether entries are unused at random, as after a mass cut-off.
         teacher_prompts: whether some sequences have one.
-        user_columns: whether to add `x_reward` per sequence and `x_advantage` per position.
+        user_columns: whether to add those of `USER_AXES`.
     """
     rng = np.random.default_rng(seed)
     cuts = np.sort(rng.choice(np.arange(1, positions), sequences - 1, replace=False))
@@ -64,9 +68,9 @@ def random_shard(
         arrays[name] = rng.integers(0, largest, sequences, dtype, endpoint=True)
         if name in UNKNOWN:
             arrays[name][rng.random(sequences) < 0.3] = -1
-    if user_columns:
-        arrays["x_reward"] = rng.normal(size=sequences).astype(np.float32)
-        arrays["x_advantage"] = rng.normal(size=positions).astype(np.float32)
+    sizes = {"sequence": sequences, "position": positions}
+    for name, axis in USER_AXES.items() if user_columns else ():
+        arrays[name] = rng.normal(size=sizes[axis]).astype(np.float32)
     return arrays
 
 
@@ -106,11 +110,12 @@ def _entries(
     ids = (first[:, None] + rng.permuted(np.tile(np.arange(topk), (positions, 1)), axis=1)) % (
         vocab_size
     )
+    ids[0] = vocab_size - 1 - np.arange(topk)
     logprob = -np.sort(30 * rng.random((positions, topk)), axis=1).astype(np.float16)
     count = rng.integers(1, topk + 1, positions) if mass else np.full(positions, topk)
     unused = np.arange(topk) >= count[:, None]
     tail = (-20 * rng.random(positions)).astype(np.float16)
-    tail[rng.random(positions) < 0.2] = -np.inf
+    tail[(rng.random(positions) < 0.2) | (count == vocab_size)] = -np.inf
     behaviour = -rng.random(positions, np.float32)
     behaviour[rng.random(positions) < 0.3] = np.nan
     return {
@@ -129,6 +134,7 @@ def _extra(rng: np.random.Generator, positions: int, extra: int, vocab_size: int
     logprob = (-30 * rng.random(shape)).astype(np.float16)
     given = -30 * rng.random(shape, np.float32)
     ids = rng.integers(0, vocab_size, shape, np.uint32)
+    ids[0], unused[0] = vocab_size - 1, False
     return {
         "extra_id": np.where(unused, np.uint32(UNUSED_ID), ids),
         "extra_logprob": np.where(unused, np.float16(-np.inf), logprob),

@@ -15,9 +15,9 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from stillroom.cache.entry import Entry, is_ours
 from stillroom.cache.errors import StorageError
 from stillroom.cache.ranges import too_large, wrong_size
+from stillroom.cache.storage_entry import Entry, is_ours
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 ATTEMPTS = 100

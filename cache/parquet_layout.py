@@ -58,7 +58,7 @@ class Field:
     names: tuple[str, ...]
     """What the values 0, 1, ... are called, where they are."""
     is_id: bool
-    """Token ids, a list of them a position: coded (see `id_codes`) where that is possible."""
+    """Token ids, a list of them a position: coded where possible (see `parquet_id_codes`)."""
 
     @property
     def depth(self) -> int:

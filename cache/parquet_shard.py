@@ -131,8 +131,8 @@ class ParquetReader:
             if length.sum() != commit.teacher_prompt_tokens:
                 expected = f"{commit.teacher_prompt_tokens} tokens"
                 raise self._corrupt("teacher_prompt", expected, f"{length.sum()}")
-        self._edges["teacher_token"] = edges(length)
         self._length["teacher_token"] = length
+        self._edges["teacher_token"] = edges(length)  # last: other threads look for it
 
     def _rows_of(self, name: str, start: int, stop: int) -> Iterator[tuple[Field, int, int, int]]:
         """Field, row group, and sequences within it that hold rows [start, stop) of a column."""

@@ -1,7 +1,7 @@
 """Writing a shard as one Parquet file with one row a sequence; equal arrays give equal bytes.
 
 Pages are encoded here: no Parquet writer gives token ids the codes that they take the least bytes
-with (see `id_codes`).
+with (see `parquet_id_codes`).
 """
 
 from typing import Any
@@ -10,9 +10,9 @@ import numpy as np
 
 from stillroom.cache import jsonfile
 from stillroom.cache.errors import ShapeError
-from stillroom.cache.id_codes import code_ids
 from stillroom.cache.manifest import ArrayEntry, Chunk
 from stillroom.cache.parquet_footer import ColumnChunk, RowGroup, footer
+from stillroom.cache.parquet_id_codes import code_ids
 from stillroom.cache.parquet_layout import (
     MAGIC,
     METADATA_KEY,

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from stillroom.cache import jsonfile
-from stillroom.cache.check_rollouts import NO_LIMIT, check_rows
+from stillroom.cache.check_rows import NO_LIMIT, check_rows
 from stillroom.cache.errors import CorruptError, InputError, MismatchError, ShapeError
 from stillroom.cache.parquet_bounds import check_bounds
 from stillroom.cache.parquet_seal import HASH_KEY, NO_HASH, check_seal, seal

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 
 from stillroom.cache import jsonfile
 from stillroom.cache.clock import DAY_S
-from stillroom.cache.entry import SAFE_NAME
-from stillroom.cache.errors import ConfigError, CorruptError, MissingError
+from stillroom.cache.errors import ConfigError, CorruptError, InputError, MissingError
 from stillroom.cache.snapshot import read_snapshot
 from stillroom.cache.storage import Storage
+from stillroom.cache.storage_entry import SAFE_NAME
 
 FOLDER = "pins"
 MAX_BYTES = 4 << 20
@@ -75,10 +75,19 @@ def pin(
 
     Args:
         storage: the cache's storage.
-        run: name of the run; one pin a name.
+        run: who pins; one pin a name, so no two runs at work may have the same.
         snapshot_ids: what it uses.
         lifetime_s: seconds until the pin expires unless it is renewed.
+
+    Raises:
+        InputError: one is no id of a snapshot; `gc` would stop at such a pin.
     """
+    for snapshot_id in snapshot_ids:
+        if not SNAPSHOT_ID.fullmatch(snapshot_id):
+            do = "Take the id from a snapshot."
+            raise InputError(
+                f"pin of run {run}", "32 hexadecimal digits", repr(snapshot_id[:80]), do
+            )
     made = Pin(run=run, snapshots=sorted(snapshot_ids), expires=storage.now() + lifetime_s)
     storage.put(pin_path(run), jsonfile.dump_sealed(asdict(made)))
     return made

@@ -24,9 +24,9 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, GenericError
 from obstore.store import ObjectStore
 
-from stillroom.cache.entry import SAFE_PATH, Entry
 from stillroom.cache.errors import ConfigError
 from stillroom.cache.ranges import Span, coalesce, too_large, wrong_size
+from stillroom.cache.storage_entry import SAFE_PATH, Entry
 
 if TYPE_CHECKING:
     from obstore import GetResult

@@ -100,7 +100,7 @@ def _attempts(listing: Listing, part: str) -> Iterator[Rubbish | Kept]:
     for attempt, entries in sorted(listing.attempts[part].items()):
         if attempt in committed or not listing.old(entries):
             continue
-        keeper = _lost_commit(listing, attempt, entries)
+        keeper = _lost_commit(listing, part, attempt, entries)
         if keeper is not None:
             yield Kept(f"attempt {attempt} of part {part}", keeper)
         else:
@@ -108,14 +108,17 @@ def _attempts(listing: Listing, part: str) -> Iterator[Rubbish | Kept]:
             yield _rubbish("attempt", entries, reason, part)
 
 
-def _lost_commit(listing: Listing, attempt: str, entries: list[Entry]) -> str | None:
-    """Why an attempt that no commit names may have had one, or None."""
+def _lost_commit(listing: Listing, part: str, attempt: str, entries: list[Entry]) -> str | None:
+    """Why an attempt that no commit names may have had one, or None. The manifest is put last, so
+    one that has it lacks only its commit."""
     if attempt in listing.named:
         return f"snapshot {listing.named[attempt]} names it, but its commit is gone: restore that"
     if not any(entry.path.endswith("/manifest.json") for entry in entries):
         return None
     if not listing.numbers:
         return "the cache has no commit at all: restore commits/, or score a part first"
+    if part not in listing.live and part not in listing.retired:
+        return "it is whole, and its part has no commit: restore that, or score the part first"
     return listing.unnamed
 
 

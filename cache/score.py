@@ -6,15 +6,17 @@ deleted here.
 """
 
 import os
+import random
 import socket
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from stillroom.cache.agreement import check_agreement
 from stillroom.cache.canary import check_canary
-from stillroom.cache.check_rollouts import check_rows
+from stillroom.cache.check_rows import check_rows
 from stillroom.cache.claims import Claims
 from stillroom.cache.errors import InputError, NumericsError
 from stillroom.cache.part_arrays import part_arrays
@@ -24,8 +26,9 @@ from stillroom.cache.shard_writer import ScoredBy
 from stillroom.cache.store import Cache
 from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec, Teacher
 
-LOOK_EVERY_S = 2.0
-"""How often a scorer that waits for others looks again."""
+LOOK_AFTER_S = (2.0, 30.0)
+"""A scorer that waits for others looks again after the first, and then less and less often, down to
+the second."""
 
 
 @dataclass(slots=True)
@@ -68,10 +71,26 @@ def score(cache: Cache, teacher: Teacher, *, accept_numerics: bool = False) -> S
     parts = _score_free(cache, teacher, claims, parts, report)
     if parts:
         _say_waiting(parts)
+    waits = _waits()
     while parts:
-        time.sleep(LOOK_EVERY_S)
-        parts = _score_free(cache, teacher, claims, parts, report)
+        time.sleep(next(waits))
+        held = {part for part in parts if claims.is_held(part)}
+        free = [part for part in parts if part not in held]
+        if free:
+            left = _score_free(cache, teacher, claims, free, report)
+            waits = _waits() if len(left) < len(free) else waits
+            held.update(left)
+        parts = sorted(held)
     return report
+
+
+def _waits() -> Iterator[float]:
+    """Seconds before each look: up to twice those before the last; drawn, so that scorers that
+    began to wait together do not all look at once."""
+    wait, longest = LOOK_AFTER_S
+    while True:
+        yield wait * random.uniform(0.75, 1.0)
+        wait = min(2 * wait, longest)
 
 
 def _score_free(
@@ -85,9 +104,9 @@ def _score_free(
         if not claims.take(part):
             held.append(part)
             continue
-        with claims.renewed(part):
+        with claims.renewed(part) as progress:
             if cache.is_unscored(part):  # its last owner may have committed it and let go since
-                _score_part(cache, teacher, part, report)
+                _score_part(cache, teacher, part, report, progress)
     return held
 
 
@@ -96,13 +115,15 @@ def _say_waiting(parts: list[str]) -> None:
     print(f"  score: waiting for {what}", file=sys.stderr, flush=True)
 
 
-def _score_part(cache: Cache, teacher: Teacher, part: str, report: ScoreReport) -> None:
+def _score_part(
+    cache: Cache, teacher: Teacher, part: str, report: ScoreReport, progress: Callable[[], None]
+) -> None:
     table, meta, rollouts_hash = cache.read_part(part)
     identity = cache.identity
     check_rows(table, meta.vocab_size, part, identity.max_length, identity.student_extra)
     arrays = part_arrays(table, identity.student_extra)
     start = time.perf_counter()
-    scores = _run_teacher(cache, teacher, part, score_rows(arrays))
+    scores = _run_teacher(cache, teacher, part, score_rows(arrays), progress)
     teacher_s = time.perf_counter() - start
     arrays |= score_columns(scores)
     check_agreement(arrays, part)
@@ -118,15 +139,20 @@ def _score_part(cache: Cache, teacher: Teacher, part: str, report: ScoreReport) 
 
 
 def _run_teacher(
-    cache: Cache, teacher: Teacher, part: str, rows: list[ScoreRow]
+    cache: Cache,
+    teacher: Teacher,
+    part: str,
+    rows: list[ScoreRow],
+    progress: Callable[[], None],
 ) -> list[RowScores]:
     found: dict[int, RowScores] = {}
     positions = sum(len(row.targets) for row in rows)
     try:
-        with Progress(f"score {part}", positions, "positions") as progress:
+        with Progress(f"score {part}", positions, "positions") as shown:
             for index, scores in teacher.score(rows, ScoreSpec.of(cache.identity)):
                 found[index] = scores
-                progress.advance(len(scores.sampled_logprob))
+                progress()
+                shown.advance(len(scores.sampled_logprob))
     except (NumericsError, InputError) as error:
         raise type(error)(f"{part}, {error.where}", error.expected, error.got, error.do) from error
     return [found[i] for i in range(len(rows))]

@@ -1,6 +1,6 @@
 """Reading a committed shard, whatever its format: columns by range, or whole sequences."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -79,12 +79,15 @@ class Shard:
             spans.append((name, min(start, last), last))
         return self._reader.read_ranges(spans)
 
-    def rows(self, start: int, stop: int) -> Arrays:
-        """All columns of the sequences [start, stop); edges are rebased to begin at 0."""
-        names = [n for n in self.columns if self._axis(n) != "edge"]
-        spans = [(n, *self._span(self._axis(n), start, stop)) for n in names]
+    def rows(self, start: int, stop: int, columns: Collection[str] | None = None) -> Arrays:
+        """Columns of the sequences [start, stop), all unless some are named, and their edges, which
+        are rebased to begin at 0."""
+        wanted = self.columns if columns is None else columns
+        names = [n for n in self.columns if n in wanted and self.axis(n) != "edge"]
+        spans = [(n, *self._span(self.axis(n), start, stop)) for n in names]
         arrays = dict(zip(names, self.read_ranges(spans), strict=True))
-        for edge in EDGE_OF.values():
+        axes = {self.axis(n) for n in names}
+        for edge in (e for axis, e in EDGE_OF.items() if columns is None or axis in axes):
             own = self._edge(edge)[start : stop + 1]
             arrays[edge] = own - own[0]
         return arrays
@@ -93,7 +96,8 @@ class Shard:
         """All columns of all sequences."""
         return self.rows(0, self.commit.rows)
 
-    def _axis(self, name: str) -> Axis:
+    def axis(self, name: str) -> Axis:
+        """What a column has one entry for."""
         return self._user_axes.get(name) or BY_NAME[name].axis
 
     def _span(self, axis: Axis, start: int, stop: int) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from stillroom.cache.entry import SAFE_PATH, Entry
 from stillroom.cache.errors import (
     ConfigError,
     ForkedError,
@@ -23,6 +22,7 @@ from stillroom.cache.errors import (
 )
 from stillroom.cache.local_objects import TEMPORARY, LocalObjects
 from stillroom.cache.remote_objects import RemoteObjects
+from stillroom.cache.storage_entry import SAFE_PATH, Entry
 from stillroom.cache.storage_errors import reading, writing
 
 __all__ = ["Entry", "Storage", "local_path"]

@@ -114,6 +114,9 @@ class Teacher(Protocol):
     def score(self, rows: Sequence[ScoreRow], spec: ScoreSpec) -> Iterator[tuple[int, RowScores]]:
         """Yield (index into rows, scores), each row once, in any order.
 
+        Rows are yielded as they are ready: a part of which none came for ten minutes is open to
+        other scorers.
+
         Raises:
             NumericsError: the model gave NaN or infinite logits; names the row.
         """

@@ -33,9 +33,16 @@ from stillroom.cache.testing_shard import (
 )
 
 SHARDS: dict[str, dict[str, Any]] = {
-    "one position": {"positions": 1, "sequences": 1, "topk": 1, "vocab_size": 2},
+    "one position": SMALL | {"positions": 1, "sequences": 1, "topk": 1, "vocab_size": 2},
     "one sequence": {"positions": 300, "sequences": 1, "topk": 7, "vocab_size": 50},
-    "sequences of one position": SMALL | {"positions": 30, "sequences": 30},
+    "P = S": SMALL | {"positions": 30, "sequences": 30},
+    "P = S + 1": SMALL | {"positions": 31, "sequences": 30},
+    "K = V": SMALL | {"topk": 90, "mass": False, "strange": False},
+    "K = V, cut off by mass": SMALL | {"topk": 90, "strange": False},
+    "ids below 2^24": SMALL | {"vocab_size": 2**24},
+    "ids from 2^24 on": SMALL | {"vocab_size": 2**24 + 1},
+    "ids from 2^31 on": SMALL | {"vocab_size": 2**31 + 1},
+    "ids below 2^32 - 1": SMALL | {"vocab_size": 2**32 - 1},
     "no prompts of the teacher's": SMALL | {"teacher_prompts": False},
     "everything": SMALL,
     "K = 128": {"positions": 700, "sequences": 3, "topk": 128, "vocab_size": 200_000},

@@ -10,11 +10,11 @@ from stillroom.cache import jsonfile
 from stillroom.cache.check_arrays import check_arrays
 from stillroom.cache.commits import Commit, attempt_path, encode_row_table
 from stillroom.cache.errors import CorruptError
-from stillroom.cache.example_shards import random_shard, strange_floats
+from stillroom.cache.example_shards import USER_AXES, random_shard, strange_floats
 from stillroom.cache.identity import Identity, TeacherId
 from stillroom.cache.manifest import ArrayEntry, Chunk, Manifest
 from stillroom.cache.ranges import too_large, wrong_size
-from stillroom.cache.schema import FORMAT_VERSION, USER_PREFIX, Arrays
+from stillroom.cache.schema import FORMAT_VERSION, Arrays
 from stillroom.cache.shard_format import Encoded, Reader, ShardFormat, Source
 from stillroom.cache.storage import Storage
 
@@ -150,11 +150,21 @@ def stored_shard(form: ShardFormat, arrays: Arrays, *, topk: int, vocab_size: in
     return Stored(form, arrays, encoded, storage, source)
 
 
-def random_stored(form: ShardFormat, seed: int = 0, **settings: Any) -> Stored:
-    """A stored shard of random values and strange floats; settings as in `random_shard`, where
-    those not given are `SMALL`."""
+def random_stored(
+    form: ShardFormat, seed: int = 0, *, strange: bool = True, **settings: Any
+) -> Stored:
+    """A stored shard of random values.
+
+    Args:
+        form: its format.
+        seed: equal seeds give equal shards.
+        strange: whether its floats are of any bits, or else scores as a teacher gives them.
+        settings: as in `random_shard`; those not given are `SMALL`.
+    """
     settings = SMALL | settings
-    arrays = strange_floats(random_shard(seed, **settings), seed)
+    arrays = random_shard(seed, **settings)
+    if strange:
+        arrays = strange_floats(arrays, seed)
     return stored_shard(form, arrays, topk=settings["topk"], vocab_size=settings["vocab_size"])
 
 
@@ -193,6 +203,13 @@ def expect_sound(stored: Stored, what: str) -> None:
         expect(alike, f"{what}: {name} is {found[name].dtype}{found[name].shape}")
 
 
+def expect_true(stored: Stored, what: str) -> None:
+    """Fail unless a shard is refused, or gives exactly what was encoded."""
+    found = _read_or_refuse(stored, what)
+    if not isinstance(found, CorruptError):
+        expect_same(found, stored.arrays, what)
+
+
 def _read_or_refuse(stored: Stored, what: str) -> Arrays | CorruptError:
     try:
         return stored.read_all()
@@ -218,8 +235,6 @@ def make_identity(topk: int, vocab_size: int, extra: int) -> Identity:
 
 
 def make_attributes(arrays: Arrays, identity: Identity) -> dict[str, Any]:
-    sequences = len(arrays["prompt_length"])
-    user = {name: len(a) for name, a in arrays.items() if name.startswith(USER_PREFIX)}
     return {
         "format_version": FORMAT_VERSION,
         "part": PART,
@@ -228,7 +243,7 @@ def make_attributes(arrays: Arrays, identity: Identity) -> dict[str, Any]:
         "sampler": {"temperature": 1.0, "top_p": 0.9},
         "identity": identity.digest(),
         "temperature": 1.0,
-        "user_axes": {n: "sequence" if k == sequences else "position" for n, k in user.items()},
+        "user_axes": {name: axis for name, axis in USER_AXES.items() if name in arrays},
     }
 
 

@@ -6,12 +6,12 @@ from typing import Any, NoReturn
 import numpy as np
 
 from stillroom.cache.codec import decode_chunk
-from stillroom.cache.entries import unpack_entries
 from stillroom.cache.errors import CorruptError
-from stillroom.cache.id_groups import MAX_LOOKUP, lookup_table
 from stillroom.cache.manifest import ArrayEntry
 from stillroom.cache.schema import BY_NAME, UNUSED_ID, Arrays
 from stillroom.cache.shard_format import Encoded, Source
+from stillroom.cache.zarr_entries import unpack_entries
+from stillroom.cache.zarr_id_groups import MAX_LOOKUP, lookup_table
 from stillroom.cache.zarr_layout import CHUNK_ROWS, OBJECT_NAME, STORED_IDS, chunks_of
 
 Span = tuple[str, int, int]
@@ -66,12 +66,13 @@ class ZarrReader:
         entries = [span for span in wanted if span[0] in UNUSED]
         ids = [span for span in entries if span[0] == "topk_id"]
         plain += [("topk_group", start, stop) for _, start, stop in ids]
-        if ids and self._lookup is None:
+        first = bool(ids) and self._lookup is None  # asked once: threads share a reader
+        if first:
             plain.append(("topk_list", 0, self._arrays["topk_list"].shape[0]))
         stored = [self._stored_span(span) for span in entries]
         blobs = iter(self._fetch([*plain, *stored]))
         found = [self._decode(span, blobs) for span in plain]
-        if ids and self._lookup is None:
+        if first:
             self._lookup = lookup_table(found.pop(), self._groups, self._width)
         groups = iter(found[len(found) - len(ids) :])
         named = iter(found)

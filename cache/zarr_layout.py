@@ -13,7 +13,7 @@ OBJECT_NAME = "shard.zarr.zip"
 CHUNK_ROWS = 2048
 BLOCK_ROWS = 65_536
 STORED_IDS = {"topk_code": "uint32", "topk_group": "uint16", "topk_list": "uint32"}
-"""What stands for `topk_id`; see `id_groups`."""
+"""What stands for `topk_id`; see `zarr_id_groups`."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "topk_code": CODES,
     "topk_group": CODES,

@@ -15,11 +15,11 @@ import numpy as np
 
 from stillroom.cache import jsonfile
 from stillroom.cache.codec import encode_chunk
-from stillroom.cache.entries import pack_entries
-from stillroom.cache.id_groups import group_ids
 from stillroom.cache.manifest import ArrayEntry, Chunk
 from stillroom.cache.schema import Arrays
 from stillroom.cache.shard_format import Encoded
+from stillroom.cache.zarr_entries import pack_entries
+from stillroom.cache.zarr_id_groups import group_ids
 from stillroom.cache.zarr_layout import (
     BLOCK_ROWS,
     CHUNK_ROWS,

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from stillroom.cache import jsonfile
-from stillroom.cache.errors import ConfigError, CorruptError
+from stillroom.cache.errors import ConfigError, CorruptError, InputError
 from stillroom.cache.part import prompt_id
 from stillroom.cache.store import Cache
 from stillroom.replay.prompts import Prompt
 from stillroom.replay.sampler import SamplerConfig
 
+MAX_BYTES = jsonfile.MAX_BYTES
 MAX_TOKEN_BYTES = 1 << 30
 
 
@@ -62,7 +63,7 @@ class Cycle:
         Raises:
             CorruptError: it is not one.
         """
-        value = jsonfile.load_sealed(data, where)
+        value = jsonfile.load_sealed(data, where, MAX_BYTES)
         try:
             units = [{**u, "prompt_ids": tuple(u["prompt_ids"])} for u in value["units"]]
             prompts = _unpack(value["prompts"])
@@ -105,8 +106,13 @@ def store_cycle(cache: Cache, name: str, cycle: Cycle) -> Cycle:
 
     Returns:
         The stored plan.
+
+    Raises:
+        InputError: the plan is larger than one that can be read; nothing is stored.
     """
-    cache.storage.put_new(_path(name), cycle.to_json())
+    data = cycle.to_json()
+    _check_readable(data, cache.storage.describe(_path(name)))
+    cache.storage.put_new(_path(name), data)
     return load_cycle(cache, name)
 
 
@@ -122,7 +128,18 @@ def load_cycle(cache: Cache, name: str) -> Cycle:
         MissingError: there is none of that name.
         CorruptError: it is damaged.
     """
-    return Cycle.from_json(cache.storage.get(_path(name)), cache.storage.describe(_path(name)))
+    data = cache.storage.get(_path(name), MAX_BYTES)
+    return Cycle.from_json(data, cache.storage.describe(_path(name)))
+
+
+def _check_readable(data: bytes, where: str) -> None:
+    """Refuse the bytes of a plan that no reader would take: too many of them, or of their units or
+    tokens."""
+    try:
+        Cycle.from_json(data, where)
+    except CorruptError as error:
+        do = "Plan fewer prompts at a time: lower refresh.prompts_per_cycle, or the prompts' limit."
+        raise InputError(where, error.expected, error.got, do) from error
 
 
 def _path(name: str) -> str:

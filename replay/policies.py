@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stillroom.cache import jsonfile
-from stillroom.cache.entry import SAFE_PATH
 from stillroom.cache.errors import CorruptError, MismatchError, MissingError
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.storage import Storage
+from stillroom.cache.storage_entry import SAFE_PATH
 
 MAX_BYTES = 64 << 10
 

@@ -20,7 +20,6 @@ from stillroom.cache import canary, jsonfile, parquet_layout, snapshot_file
 from stillroom.cache.claims import Claim
 from stillroom.cache.commits import Commit
 from stillroom.cache.errors import CorruptError
-from stillroom.cache.id_groups import MAX_LOOKUP
 from stillroom.cache.identity import Identity, TeacherId
 from stillroom.cache.manifest import ArrayEntry, Chunk, Manifest
 from stillroom.cache.parquet_seal import NO_HASH, check_seal
@@ -40,6 +39,7 @@ from stillroom.cache.store import Cache
 from stillroom.cache.testing_shard import random_stored
 from stillroom.cache.tombstones import put_tombstone
 from stillroom.cache.zarr_format import ZarrFormat
+from stillroom.cache.zarr_id_groups import MAX_LOOKUP
 from stillroom.cache.zarr_layout import (
     BLOCK_ROWS,
     CHUNK_ROWS,

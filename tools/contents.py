@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from stillroom.cache import jsonfile
 from stillroom.cache.commits import FILE
-from stillroom.cache.entry import Entry
 from stillroom.cache.shard_format import shard_format
+from stillroom.cache.storage_entry import Entry
 from stillroom.cache.store import Cache
 from stillroom.tools.findings import Report
 from stillroom.tools.object_names import kind_of

@@ -4,8 +4,8 @@ import re
 
 from stillroom.cache import attempt
 from stillroom.cache.commits import FILE, commit_path
-from stillroom.cache.entry import NAME as SAFE
 from stillroom.cache.part import NAME as PART
+from stillroom.cache.storage_entry import NAME as SAFE
 from stillroom.cache.tombstones import FILE as TOMBSTONE
 
 HASH = "[0-9a-f]{32}"

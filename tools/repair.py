@@ -7,7 +7,12 @@ from stillroom.cache.store import Cache, retired_path
 from stillroom.cache.tombstones import removed_commits
 from stillroom.tools.findings import Finding, Report, ShardName
 from stillroom.tools.object_names import rollouts_path
-from stillroom.tools.verify_part import read_part_marks, verify_part
+from stillroom.tools.verify_part import (
+    PartReport,
+    read_part_marks,
+    spare_removed,
+    verify_part,
+)
 
 MAX_REASON = 500
 
@@ -26,12 +31,18 @@ def repair(cache: Cache, report: Report, *, deep: bool) -> None:
         if finding.shard is not None:
             condemned.setdefault(finding.shard[0], set()).add(finding.shard)
     removed = removed_commits(cache.storage) if condemned else set()
-    for part, shards in sorted(condemned.items()):
-        again = Report()
-        numbers = _numbers(cache, part)
-        marks = read_part_marks(cache, part, numbers, removed, again)
-        again.add(verify_part(cache, part, numbers, marks, deep=deep))
-        _set_aside(cache, part, shards, again, report)
+    again = {part: _verify_again(cache, part, removed, deep=deep) for part in sorted(condemned)}
+    spare_removed(cache, again.values())
+    for part, second in again.items():
+        _set_aside(cache, part, condemned[part], second, report)
+
+
+def _verify_again(cache: Cache, part: str, removed: set[ShardName], *, deep: bool) -> PartReport:
+    marked, numbers = Report(), _numbers(cache, part)
+    marks = read_part_marks(cache, part, numbers, removed, marked)
+    found = verify_part(cache, part, numbers, marks, deep=deep)
+    found.add(marked)
+    return found
 
 
 def _set_aside(

@@ -24,6 +24,7 @@ from stillroom.tools.verify_part import (
     PartReport,
     find_repeated_ids,
     read_marks,
+    spare_removed,
     verify_part,
 )
 from stillroom.tools.verify_snapshots import verify_snapshot
@@ -94,6 +95,7 @@ def _parts(run: _Run, sizes: dict[str, int], *, deep: bool) -> PartReport:
             together.add_part(found)
             before, done = done, done + sizes[part]
             progress.advance(done // MEGABYTE - before // MEGABYTE)
+    spare_removed(run.cache, [together])
     return together
 
 

@@ -1,12 +1,12 @@
 """One part verified: its rollouts, its commits, and the shards that they name."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from stillroom.cache.check_rollouts import check_rows
+from stillroom.cache.check_rows import check_rows
 from stillroom.cache.commits import Commit, commit_path, first_free, read_commit
 from stillroom.cache.errors import MissingError, StillroomError
 from stillroom.cache.quarantine import (
@@ -48,6 +48,8 @@ class PartReport(Report):
     """Commits of another identity."""
     rollout_ids: dict[str, np.ndarray] = field(default_factory=dict)
     """Ids of the rollouts of each part that is not retired."""
+    of_shards: dict[ShardName, list[Finding]] = field(default_factory=dict)
+    """Those of the findings that are about a shard's own bytes."""
 
     def add_part(self, other: "PartReport") -> None:
         """Take over what was found in another part."""
@@ -56,6 +58,7 @@ class PartReport(Report):
         self.attempts |= other.attempts
         self.foreign += other.foreign
         self.rollout_ids |= other.rollout_ids
+        self.of_shards |= other.of_shards
 
 
 def read_marks(cache: Cache, report: Report) -> Marks:
@@ -101,7 +104,7 @@ def _damaged(
 def verify_part(
     cache: Cache, part: str, numbers: Collection[int], marks: Marks, *, deep: bool
 ) -> PartReport:
-    """Verify a part.
+    """Verify a part; `spare_removed` is to follow.
 
     Args:
         cache: the cache.
@@ -142,6 +145,18 @@ def verify_part(
     if found is not None and not report.commits:
         _check_rows(cache, part, found, report)
     return report
+
+
+def spare_removed(cache: Cache, reports: Iterable[PartReport]) -> None:
+    """Turn findings about shards whose bytes `gc` has removed since the marks were read into notes;
+    one look at the marks for all parts."""
+    damaged = [report for report in reports if report.of_shards]
+    removed = removed_commits(cache.storage) if damaged else set()
+    for report in damaged:
+        for name in sorted(report.of_shards.keys() & removed):
+            gone = report.of_shards.pop(name)
+            report.findings = [finding for finding in report.findings if finding not in gone]
+            report.note(commit_path(*name), "its bytes are being removed by gc")
 
 
 def find_repeated_ids(rollout_ids: Mapping[str, np.ndarray], report: Report) -> None:
@@ -222,17 +237,16 @@ def _verify_shard(
     commit: Commit,
     rollouts: Rollouts | None,
     marks: Marks,
-    report: Report,
+    report: PartReport,
     *,
     deep: bool,
 ) -> None:
     name, own = (commit.part, commit.n), Report()
     own.count("shards")
     verify_shard(cache, commit, rollouts, own, deep=deep)
-    if own.findings and name in removed_commits(cache.storage):
-        own.findings = []
-        own.note(commit_path(*name), "its bytes are being removed by gc")
     if name in marks.aside:
         do = "It is out of use: make snapshots that name it anew; gc removes it."
         own.findings = [replace(finding, do=do, shard=None) for finding in own.findings]
+    if own.findings:
+        report.of_shards[name] = own.findings
     report.add(own)

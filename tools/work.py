@@ -10,7 +10,6 @@ from stillroom.cache import jsonfile
 from stillroom.cache.errors import InputError, MissingError
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.identity import Identity
-from stillroom.cache.pins import unpin
 from stillroom.cache.score import score
 from stillroom.cache.storage import Storage, local_path
 from stillroom.cache.store import IDENTITY_PATH, Cache
@@ -115,7 +114,8 @@ def train_newest(job: TrainJob) -> int:
         raise InputError(cache.storage.root, "scored parts to train on", "none", do)
     from stillroom.train.parallel import same_on_all_ranks
     from stillroom.train.publish import publish
-    from stillroom.train.trainer import ReplayTrainer, snapshot_for
+    from stillroom.train.run_snapshot import release_snapshot, snapshot_for
+    from stillroom.train.trainer import ReplayTrainer
 
     output = local_path(job.output).absolute()
 
@@ -149,7 +149,7 @@ def train_newest(job: TrainJob) -> int:
         "positions": report.positions,
     }
     write_file(output / f"{name}.json", jsonfile.dump(record))
-    unpin(cache.storage, name)
+    release_snapshot(cache.storage, output, name)
     loss = f", last loss {report.losses[-1]:.4f} nats a position" if report.losses else ""
     say(
         f"train: {report.steps:,} steps, {report.rows:,} rollouts, {report.positions:,} positions "

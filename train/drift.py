@@ -7,6 +7,8 @@ exp(d):
     r^2), the share of samples that importance weighting would leave; 1 without drift
 """
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -14,9 +16,12 @@ from typing import Any
 import numpy as np
 
 from stillroom.cache import jsonfile
+from stillroom.cache.errors import CorruptError
 from stillroom.cache.storage import Storage
 
 MAX_LOG_RATIO = 20.0
+VERSION = re.compile(r"-1|0|[1-9][0-9]{0,8}")
+WHERE, DO = "drift in a checkpoint", "Delete the checkpoint to resume from an older one."
 
 
 @dataclass(slots=True)
@@ -84,8 +89,12 @@ class DriftMeter:
         return {str(version): asdict(sums) for version, sums in self.by_policy.items()}
 
     def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over what `state` gave."""
-        self.by_policy = {int(version): Sums(**sums) for version, sums in state.items()}
+        """Take over what `state` gave.
+
+        Raises:
+            CorruptError: these are not sums by policy version.
+        """
+        self.by_policy = {_version(name): _sums(name, sums) for name, sums in state.items()}
 
     def take(self) -> dict[str, Any]:
         """Summary by policy version, with its lag in policies (None where the version is unknown);
@@ -99,6 +108,23 @@ class DriftMeter:
         }
         self.by_policy = {}
         return out
+
+
+def _version(name: str) -> int:
+    if VERSION.fullmatch(name) is None:
+        raise CorruptError(WHERE, "a policy version", f"{name!r:.80}", DO)
+    return int(name)
+
+
+def _sums(name: str, value: Mapping[str, Any]) -> Sums:
+    where = f"{WHERE}, policy {name}"
+    sums: Sums = jsonfile.build(Sums, dict(value), where)
+    largest = math.exp(2 * MAX_LOG_RATIO + 1)
+    ratios = (sums.ratio, sums.ratio_squared)
+    can_be = sums.n > 0 and max(abs(sums.log_ratio), *ratios) <= sums.n * largest
+    if not (can_be and min(ratios) >= 1 / largest):
+        raise CorruptError(where, "sums over some tokens", f"{sums}", DO)
+    return sums
 
 
 def put_drift(storage: Storage, run: str, step: int, drift: dict[str, Any]) -> None:

@@ -15,7 +15,6 @@ from stillroom.cache import jsonfile
 from stillroom.cache.commits import commit_path, read_commit
 from stillroom.cache.fingerprint import ModelFiles
 from stillroom.cache.part import part_name, policy_of
-from stillroom.cache.pins import unpin
 from stillroom.cache.score import score
 from stillroom.cache.storage import local_path
 from stillroom.cache.store import Cache
@@ -171,7 +170,8 @@ class Pipeline:
 
     def _train(self, version: int) -> Result:
         from stillroom.train.publish import publish
-        from stillroom.train.trainer import ReplayTrainer, snapshot_for
+        from stillroom.train.run_snapshot import release_snapshot, snapshot_for
+        from stillroom.train.trainer import ReplayTrainer
 
         files = open_policy(self._cache.storage, version, self._models.student)
         run = f"{self.name}-{version:06d}"
@@ -188,7 +188,7 @@ class Pipeline:
             run=self.name,
             step=report.steps,
         )
-        unpin(self._cache.storage, run)
+        release_snapshot(self._cache.storage, self._output, run)
         values = {
             "snapshot": snapshot.id,
             "cached_positions": snapshot.positions,

@@ -6,7 +6,7 @@ from typing import Any
 
 from stillroom.cache import jsonfile
 from stillroom.cache.canary import canary_rows
-from stillroom.cache.errors import ConfigError, InputError
+from stillroom.cache.errors import ConfigError, CorruptError, InputError
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.identity import Identity
 from stillroom.cache.storage import Storage
@@ -77,10 +77,16 @@ def check_output(path: Path, config: RunConfig) -> None:
 
     Raises:
         ConfigError: names the settings that differ.
+        CorruptError: it is no record of a run.
     """
     if not path.is_file():
         return
-    earlier = jsonfile.load(path.read_bytes(), str(path)).get("settings", {})
+    record = jsonfile.load(path.read_bytes(), str(path))
+    earlier = record.get("settings")
+    if not isinstance(earlier, dict):
+        got = f"settings = {earlier!r:.80}" if "settings" in record else "no settings"
+        do = "Restore the file, or give another output."
+        raise CorruptError(str(path), "a run's settings by name", got, do)
     now = settings_of(config)
     differing = sorted(k for k in now.keys() | earlier.keys() if now.get(k) != earlier.get(k))
     if differing:
@@ -94,8 +100,8 @@ def check_output(path: Path, config: RunConfig) -> None:
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """The settings that decide what a run is, by dotted name."""
-    flat = _flat(asdict(config), "")
+    """The settings that decide what a run is, by dotted name, as they come back from JSON."""
+    flat = jsonfile.load(jsonfile.dump(_flat(asdict(config), "")), "settings")
     return {name: value for name, value in flat.items() if name not in FREE}
 
 

@@ -42,6 +42,8 @@ class Part:
     """By n; all but the last must be in quarantine."""
     strays: tuple[tuple[float, ...], ...] = ()
     """Attempts that were not committed: ages of their objects."""
+    whole: bool = False
+    """Whether the first object of each of those is a manifest."""
     retired: float | None = None
     """Hours since it was retired; None is not retired."""
     rollouts: bool = True
@@ -123,6 +125,9 @@ class AgedCache:
             if self.commits[number, n].attempt == attempt:
                 replaced = made.aside is not None and made.aside >= 24 and live
                 return (retired or replaced) and not self.kept((number, n))
+        may_be_scored = part.retired is None and not live
+        if part.whole and (may_be_scored or not self.commits):
+            return False
         mates = [p for p in self.hours if p.startswith(f"scores/{self.name(number)}/{attempt}/")]
         return all(self.hours[mate] >= 24 for mate in mates)
 
@@ -151,7 +156,8 @@ class AgedCache:
         for ages in part.strays:
             attempt = uuid.uuid4().hex
             for i, age in enumerate(ages):
-                self._put(f"scores/{name}/{attempt}/object{i}", age)
+                item = "manifest.json" if part.whole and not i else f"object{i}"
+                self._put(f"scores/{name}/{attempt}/{item}", age)
 
     def _put_commit(self, number: int, n: int, made: Made) -> None:
         name = self.name(number)

@@ -1,7 +1,8 @@
 """A scorer in a process of its own: run as `python -m tests.cache.scorer_child ROOT GATE`.
 
 Says "ready", waits for a line, scores what is not scored, and prints what it scored and lost as
-JSON. Its teacher answers for a part only once the file GATE exists.
+JSON. Its teacher answers for a part only once the file GATE exists. The variable STALLED_AFTER_S
+sets for how long it may hang.
 """
 
 import json
@@ -39,6 +40,7 @@ class GatedTeacher(FakeTeacher):
 def main(root: str, gate: str) -> None:
     """Score a cache."""
     claims.RENEW_EVERY_S, os.fsync = RENEW_EVERY_S, no_fsync
+    claims.STALLED_AFTER_S = float(os.environ.get("STALLED_AFTER_S", claims.STALLED_AFTER_S))
     cache, teacher = Cache.open(root), GatedTeacher(gate)
     print("ready", flush=True)
     sys.stdin.readline()

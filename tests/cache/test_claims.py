@@ -6,14 +6,21 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stillroom.cache import claims, jsonfile
-from stillroom.cache.claims import DEAD_AFTER_S, Claim, Claims, claim_path, may_run
+from stillroom.cache.claims import (
+    DEAD_AFTER_S,
+    STALLED_AFTER_S,
+    Claim,
+    Claims,
+    claim_path,
+    may_run,
+)
 from stillroom.cache.errors import StorageError
 from stillroom.cache.storage import Storage
 from tests.cache.fakes import make_meta
@@ -159,6 +166,135 @@ def test_a_claim_is_renewed_while_the_work_runs_and_then_let_go(
     assert set(puts) == {claim_path(PART)}
     assert not read(storage).working
     assert other.take(PART)
+
+
+class Watch:
+    """A stopwatch whose time the test sets."""
+
+    now = 0.0
+
+    def __init__(self) -> None:
+        """Start."""
+        self.start = Watch.now
+
+    def elapsed_s(self) -> float:
+        """Seconds since the start."""
+        return Watch.now - self.start
+
+
+@dataclass(slots=True)
+class Renewals:
+    """How often a claim might have been renewed, and how often it was."""
+
+    chances: int = 0
+    puts: int = 0
+
+    def go_on(self) -> bool:
+        """Whether a claim is renewed from now on."""
+        self._pass(2)
+        before = self.puts
+        self._pass(3)
+        return self.puts > before
+
+    def _pass(self, chances: int) -> None:
+        last, end = self.chances + chances, time.monotonic() + 30
+        while self.chances < last:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+
+@pytest.fixture
+def renewals(monkeypatch: pytest.MonkeyPatch) -> Renewals:
+    """Renewals come thick and fast, and each is noted; work has the test's time."""
+    made, put, stalled = Renewals(), Storage.put, claims._Work.stalled
+
+    def noting(self: Storage, path: str, data: bytes) -> None:
+        put(self, path, data)
+        made.puts += 1
+
+    def counting(self: claims._Work) -> bool:
+        made.chances += 1
+        return stalled(self)
+
+    monkeypatch.setattr(Watch, "now", 0.0)
+    monkeypatch.setattr(claims, "Stopwatch", Watch)
+    monkeypatch.setattr(claims, "RENEW_EVERY_S", 0.001)
+    monkeypatch.setattr(Storage, "put", noting)
+    monkeypatch.setattr(claims._Work, "stalled", counting)
+    return made
+
+
+def test_work_that_does_not_get_on_is_not_renewed(
+    storage: Storage, renewals: Renewals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worker = Claims(storage)
+    assert worker.take(PART)
+    with worker.renewed(PART) as progress:
+        for _ in range(3):
+            Watch.now += STALLED_AFTER_S - 1
+            progress()
+        Watch.now += STALLED_AFTER_S - 1
+        assert renewals.go_on()
+        Watch.now += 2
+        assert not renewals.go_on()
+        change(storage, age_s=DEAD_AFTER_S + 1)
+        progress()
+        assert renewals.go_on(), "a teacher that was only slow goes on with its part"
+        assert not Claims(storage).take(PART)
+    said = capsys.readouterr().err
+    assert said == f"  warning: others may score {PART} too: nothing came of it for 600 s\n"
+
+
+def test_a_claim_that_another_took_over_is_left_to_it(storage: Storage, renewals: Renewals) -> None:
+    slow, other = Claims(storage), Claims(storage)
+    assert slow.take(PART)
+    with slow.renewed(PART) as progress:
+        Watch.now += STALLED_AFTER_S + 1
+        assert not renewals.go_on()
+        change(storage, age_s=DEAD_AFTER_S + 1)
+        assert other.take(PART)
+        progress()
+        assert not renewals.go_on()
+    found = read(storage)
+    assert (found.worker, found.working) == (other.worker, True)
+
+
+def test_who_waits_asks_for_a_live_claim_once(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it was renewed is asked only once it may be dead."""
+    assert Claims(storage).take(PART)
+    waiting = Claims(storage)
+    assert not waiting.take(PART)
+    asked: list[str] = []
+    for name in ("get", "entry", "put", "put_new", "list"):
+        real = getattr(Storage, name)
+
+        def noting(
+            self: Storage, path: str, *args: Any, _name: str = name, _real: Any = real
+        ) -> Any:
+            asked.append(_name)
+            return _real(self, path, *args)
+
+        monkeypatch.setattr(Storage, name, noting)
+    assert [waiting.is_held(PART) for _ in range(5)] == [True] * 5
+    assert asked == ["get"] * 5
+    now = waiting._clock.now
+    monkeypatch.setattr(waiting._clock, "now", lambda: now() + DEAD_AFTER_S + 1)
+    assert not waiting.is_held(PART)
+    assert asked[5:] == ["get", "entry"]
+
+
+@pytest.mark.parametrize("fields", [{"working": False}, {"process_start": 1}, None])
+def test_a_part_that_is_let_go_or_whose_owner_is_gone_is_not_held(
+    storage: Storage, fields: dict[str, Any] | None
+) -> None:
+    assert Claims(storage).take(PART)
+    if fields is None:
+        storage.delete(claim_path(PART))
+    else:
+        change(storage, **fields)
+    assert not Claims(storage).is_held(PART)
 
 
 def test_work_that_fails_lets_go_too(storage: Storage) -> None:

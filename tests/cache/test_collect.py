@@ -147,6 +147,31 @@ def test_without_any_commit_no_whole_attempt_goes(world: AgedCache) -> None:
     assert any("names it, but its commit is gone" in why for why in reasons)
 
 
+def test_while_commits_are_restored_in_part_no_whole_attempt_goes(cache: Cache) -> None:
+    """No snapshot names them. Once a part is scored again, its old attempt goes."""
+    scored_again, restored = (make_meta(number).name for number in (1, 2))
+    for number in (0, 1, 2):
+        cache.add_part(random_rollouts(number, 4), make_meta(number))
+    score(cache, FakeTeacher())
+    for name in (scored_again, restored):
+        commit = cache.storage.folder / f"commits/v000000/{name}.0.json"
+        commit.rename(cache.storage.folder.with_name(commit.name))
+    later = time.time() + 2 * DAY_S
+    before = cache.storage.list("scores")
+    done = collect(cache, plan_collection(cache, clock=lambda: later), clock=lambda: later)
+    assert [item.kind for item in done.rubbish if item.kind == "attempt"] == []
+    assert cache.storage.list("scores") == before
+    kept = [one for one in plan_collection(cache, clock=lambda: later).kept if "whole" in one.why]
+    assert [scored_again in kept[0].what, restored in kept[1].what] == [True, True]
+    cache.storage.folder.with_name(commit.name).rename(commit)
+    assert score(cache, FakeTeacher()).scored == [scored_again]
+    done = collect(cache, plan_collection(cache, clock=lambda: later), clock=lambda: later)
+    gone = {path for item in done.rubbish for path in item.paths if item.kind == "attempt"}
+    assert gone == {entry.path for entry in before if scored_again in entry.path}
+    assert cache.snapshot().rows == 12
+    assert cache.shard(cache.commit_of(restored)).all_rows()
+
+
 def test_a_shard_whose_commit_is_lost_is_kept_by_a_snapshot(world: AgedCache) -> None:
     """A stored one will do; nobody pins it."""
     snapshot_id = snapshot_of(world, REPLACED)
@@ -160,12 +185,13 @@ def test_a_shard_whose_commit_is_lost_is_kept_by_a_snapshot(world: AgedCache) ->
 
 
 def test_a_snapshot_that_cannot_be_read_keeps_what_it_may_name(world: AgedCache) -> None:
+    """A part that was scored again has a commit; the snapshot may be older than that."""
     path = snapshot_path(snapshot_of(world, REPLACED))
-    commit = world.commits[REPLACED, 1]
-    (world.cache.storage.folder / f"commits/v000000/{commit.part}.1.json").unlink()
+    commit = world.commits[REPLACED, 0]
+    (world.cache.storage.folder / f"commits/v000000/{commit.part}.0.json").unlink()
     (world.cache.storage.folder / path).write_bytes(b"x")
     done = collect(world.cache, plan_collection(world.cache))
-    assert len(shard_files(world, REPLACED, 1)) == len(SIZES)
+    assert len(shard_files(world, REPLACED, 0)) == len(SIZES)
     assert "attempt" in {item.kind for item in done.rubbish}, "one without a manifest"
     assert any(path in one.why for one in plan_collection(world.cache).kept)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stillroom.cache.check_arrays import check_arrays
-from stillroom.cache.example_shards import edges, random_shard, strange_floats
+from stillroom.cache.example_shards import USER_AXES, edges, random_shard, strange_floats
 from stillroom.cache.schema import UNUSED_ID, Arrays
 from tests.cache.fakes import same_bits
 
@@ -67,6 +67,28 @@ def test_everything_is_there() -> None:
     assert (arrays["extra_id"] == UNUSED_ID).any()
     assert (arrays["policy_version_min"] == -1).any()
     assert len(make(teacher_prompts=False)["teacher_prompt"]) == 0
+
+
+def test_the_whole_vocabulary_leaves_no_tail() -> None:
+    arrays = make(topk=50)
+    whole, is_empty = arrays["topk_count"] == 50, np.isneginf(arrays["tail_logprob"])
+    assert 0 < whole.sum() < 3000
+    assert is_empty[whole].all()
+    assert not is_empty[~whole].all()
+    assert np.isneginf(make(topk=50, mass=False)["tail_logprob"]).all()
+
+
+@pytest.mark.parametrize("vocab_size", [50, 2**24 + 1, 2**32 - 1])
+def test_the_largest_id_is_there(vocab_size: int) -> None:
+    arrays = make(vocab_size=vocab_size)
+    for name in ("topk_id", "extra_id"):
+        assert arrays[name][arrays[name] != UNUSED_ID].max() == vocab_size - 1
+
+
+def test_user_columns_have_their_axes() -> None:
+    sizes = {"sequence": 90, "position": 3000}
+    found = {name: len(array) for name, array in make().items() if name.startswith("x_")}
+    assert found == {name: sizes[axis] for name, axis in USER_AXES.items()}
 
 
 def test_equal_seeds_give_equal_shards() -> None:

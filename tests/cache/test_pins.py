@@ -7,7 +7,7 @@ import pytest
 
 from stillroom.cache import jsonfile
 from stillroom.cache.clock import DAY_S
-from stillroom.cache.errors import ConfigError, CorruptError
+from stillroom.cache.errors import ConfigError, CorruptError, InputError
 from stillroom.cache.pins import (
     LIFETIME_S,
     active_pins,
@@ -82,6 +82,13 @@ def test_a_name_that_is_no_path_is_refused(storage: SetStorage, run: str) -> Non
     with pytest.raises(ConfigError, match="run: expected letters"):
         pin(storage, run, [ONE])
     assert storage.list("pins") == []
+
+
+@pytest.mark.parametrize("snapshot_id", ["", "x", ONE + "\n", ONE.upper() + "A"])
+def test_what_is_no_snapshot_is_not_pinned(storage: SetStorage, snapshot_id: str) -> None:
+    with pytest.raises(InputError, match="pin of run run: expected 32 hexadecimal digits"):
+        pin(storage, "run", [ONE, snapshot_id])
+    assert active_pins(storage) == {}
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def parts(draw: st.DrawFn) -> Part:
     return Part(
         commits=tuple(commits),
         strays=tuple(draw(st.lists(st.tuples(AGES) | st.tuples(AGES, AGES), max_size=2))),
+        whole=draw(st.booleans()),
         retired=draw(MAYBE_AGE),
         rollouts=draw(st.booleans()),
         claim=draw(MAYBE_AGE),
@@ -104,6 +105,9 @@ def check_untouched(world: AgedCache, before: set[str], after: set[str]) -> None
 @example(((Part((Made(tombstone=1.0),), retired=300.0),), (Pinned(((0, 0),), 1.0),)))
 @example(((Part((HALF,), retired=300.0),), (Pinned(((0, 0),), 1.0),)))
 @example(((Part((Made(30.0), Made(30.0))),), ()))
+@example(((Part((Made(),)), Part(strays=((30.0, 30.0),), whole=True)), ()))
+@example(((Part((Made(),)), Part(strays=((30.0,),), whole=True, retired=1.0)), ()))
+@example(((Part((Made(),), strays=((30.0, 30.0),), whole=True),), ()))
 def test_all_rubbish_and_nothing_else_is_removed(
     empty: Path, world: tuple[tuple[Part, ...], tuple[Pinned, ...]]
 ) -> None:

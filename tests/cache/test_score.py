@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillroom.cache.claims import Claims
+from stillroom.cache.claims import Claims, _Work
 from stillroom.cache.errors import InputError, MismatchError, NumericsError
 from stillroom.cache.schema import Arrays
 from stillroom.cache.score import score
@@ -106,6 +106,29 @@ def test_a_commit_says_who_scored_what(cache: Cache) -> None:
     sizes = [e.size_bytes for e in cache.storage.list(f"scores/{part}/{commit.attempt}")]
     assert commit.stored_bytes == sum(sizes)
     assert commit.teacher_s >= 0
+
+
+def test_every_row_of_the_teacher_is_a_step_that_keeps_the_claim(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part may take hours, if its rows come."""
+    part, rows = add(cache, 1), 6
+    seen: list[int] = []
+
+    class Slow(FakeTeacher):
+        def score(
+            self, rows: Sequence[ScoreRow], spec: ScoreSpec
+        ) -> Iterator[tuple[int, RowScores]]:
+            for answer in super().score(rows, spec):
+                seen.append(len(steps))
+                yield answer
+
+    steps: list[_Work] = []
+    monkeypatch.setattr(_Work, "progress", lambda self: steps.append(self))
+    assert score(cache, Slow()).scored == [part]
+    assert len({id(work) for work in steps}) == 1
+    assert seen[-rows:] == list(range(rows))
+    assert len(steps) == rows
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from stillroom.cache import jsonfile
-from stillroom.cache.claims import claim_path
-from stillroom.cache.score import LOOK_EVERY_S, score
+from stillroom.cache import claims, jsonfile
+from stillroom.cache.claims import Claims, claim_path
+from stillroom.cache.score import LOOK_AFTER_S, score
+from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
 from tests.cache.fakes import FakeTeacher, make_meta, random_rollouts
 
@@ -102,15 +103,15 @@ def test_a_scorer_that_is_killed_is_replaced_at_once(
     """It holds a part and renews its claim when it is killed; the next does not wait for it."""
     parts = add_parts(cache, 3)
     (process,) = start(1)
-    claims: list[Any] = []
+    seen: list[Any] = []
 
     def renewed() -> bool:
         found = [(entry.path, entry.modified) for entry in cache.storage.list("claims")]
-        claims.extend(claim for claim in found if claim not in claims)
-        return len(claims) >= 3
+        seen.extend(claim for claim in found if claim not in seen)
+        return len(seen) >= 3
 
     wait_for(renewed)
-    assert len({path for path, _ in claims}) == 1
+    assert len({path for path, _ in seen}) == 1
     os.kill(process.pid, signal.SIGKILL)
     process.wait(timeout=60)
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited"))
@@ -147,7 +148,10 @@ def test_a_scorer_waits_for_what_others_do(
     assert sorted([*report.scored, *theirs["scored"]]) == parts
     assert report.lost == theirs["lost"] == []
     assert len(looked) >= 3
-    assert set(looked) == {LOOK_EVERY_S}
+    first, longest = LOOK_AFTER_S
+    for number, seconds in enumerate(looked):
+        wait = min(first * 2**number, longest)
+        assert 0.75 * wait <= seconds <= wait
     said = capsys.readouterr().err
     assert said.count("waiting for parts that other scorers have claimed: 1, such as") == 1
 
@@ -165,6 +169,71 @@ def test_a_scorer_takes_over_what_another_lets_die(
 
     monkeypatch.setattr(time, "sleep", kill)
     assert sorted(score(cache, FakeTeacher()).scored) == parts
+
+
+def test_a_scorer_whose_teacher_hangs_is_replaced(
+    cache: Cache, gate: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lives, and is not stopped. Once its teacher goes on, it finds its part scored."""
+    parts = add_parts(cache, 3)
+    monkeypatch.setenv("STALLED_AFTER_S", "0.2")
+    (process,) = start(1)
+    wait_for(lambda: cache.storage.list("claims"))
+    monkeypatch.setattr(claims, "DEAD_AFTER_S", 0.5)
+    sleep, end = time.sleep, time.monotonic() + 60
+
+    def sleep_briefly(_: float) -> None:
+        assert time.monotonic() < end
+        sleep(0.02)
+
+    monkeypatch.setattr(time, "sleep", sleep_briefly)
+    report = score(cache, FakeTeacher())
+    monkeypatch.undo()
+    assert sorted(report.scored) == parts
+    assert process.poll() is None
+    gate.touch()
+    theirs = ended(process)
+    assert theirs["scored"] == []
+    assert len(theirs["lost"]) == 1
+    assert set(cache.commits().values()) == {0}
+
+
+def test_who_waits_asks_little_and_less_and_less(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others hold three of four parts for more than half an hour."""
+    parts, owner = add_parts(cache, 4), Claims(cache.storage)
+    held, asked, looks = parts[1:], dict[str, int](), list[float]()
+    assert all(owner.take(part) for part in held)
+    for name in ("get", "entry", "put", "put_new", "list"):
+        count_calls(monkeypatch, name, asked)
+
+    def sleep(seconds: float) -> None:
+        if not looks:
+            asked.clear()
+        looks.append(seconds)
+        if len(looks) == 100:
+            spent.update(asked)
+            for part in held:
+                owner._put(part, working=False)
+
+    spent: dict[str, int] = {}
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert sorted(score(cache, FakeTeacher()).scored) == parts
+    assert spent == {"get": 99 * len(held)}
+    assert len(looks) == 100
+    assert sum(looks) > 30 * 60
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, name: str, asked: dict[str, int]) -> None:
+    """Count the calls of a method of all storages."""
+    real = getattr(Storage, name)
+
+    def counting(self: Storage, *args: Any) -> Any:
+        asked[name] = asked.get(name, 0) + 1
+        return real(self, *args)
+
+    monkeypatch.setattr(Storage, name, counting)
 
 
 def test_scorers_delete_nothing(cache: Cache, gate: Path, start: Start, root: Path) -> None:

@@ -79,6 +79,37 @@ class UnusedIsZero(Plain):
         return np.where(array == UNUSED_ID, np.uint32(0), array) if name == "topk_id" else array
 
 
+class Float32Ids(Plain):
+    """Knows ids to 24 bits."""
+
+    def changed(self, array: np.ndarray, name: str) -> np.ndarray:
+        """Ids that passed through floats."""
+        if name != "topk_id":
+            return array
+        used = array != UNUSED_ID
+        rounded = np.where(used, array, 0).astype(np.float32).astype(np.uint64)
+        return np.where(used, rounded, array).astype(np.uint32)
+
+
+class Int32Ids(Plain):
+    """Knows ids to 31 bits."""
+
+    def changed(self, array: np.ndarray, name: str) -> np.ndarray:
+        """Ids without their highest bit."""
+        if name != "extra_id":
+            return array
+        return np.where(array == UNUSED_ID, array, array & np.uint32(0x7FFFFFFF))
+
+
+class AlwaysTail(Plain):
+    """Knows no distribution that is whole."""
+
+    def changed(self, array: np.ndarray, name: str) -> np.ndarray:
+        """A tail that is empty everywhere, filled."""
+        is_whole = name == "tail_logprob" and np.isneginf(array).all()
+        return np.full_like(array, -65504) if is_whole else array
+
+
 class Wider(Plain):
     """Gives other dtypes."""
 
@@ -200,6 +231,9 @@ READERS = [
     (OneNaN, check_round_trip),
     (NoMinusZero, check_round_trip),
     (UnusedIsZero, check_round_trip),
+    (Float32Ids, check_round_trip),
+    (Int32Ids, check_round_trip),
+    (AlwaysTail, check_round_trip),
     (Wider, check_round_trip),
     (FromTheStart, check_ranges),
     (OneByOne, check_requests),
@@ -261,6 +295,19 @@ class Forgetful(ZarrFormat):
         return super().encode(arrays, {k: v for k, v in attributes.items() if k != "sampler"})
 
 
+class Guessing(ZarrFormat):
+    """Takes the axis of a user column from its length."""
+
+    def encode(self, arrays: Arrays, attributes: dict[str, Any]) -> Encoded:
+        """Encode with the first axis that fits."""
+        sequences = len(arrays["prompt_length"])
+        axes = {
+            name: "sequence" if len(arrays[name]) == sequences else axis
+            for name, axis in attributes["user_axes"].items()
+        }
+        return super().encode(arrays, attributes | {"user_axes": axes})
+
+
 @pytest.mark.parametrize(
     ("form", "check"),
     [
@@ -268,6 +315,7 @@ class Forgetful(ZarrFormat):
         (Ordered(), check_equal_bytes),
         (Sorting(), check_equal_bytes),
         (Forgetful(), check_round_trip),
+        (Guessing(), check_round_trip),
     ],
 )
 def test_a_wrong_writer_is_found(form: ShardFormat, check: Callable[[ShardFormat], None]) -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from stillroom.cache.codec import AUTO, encode_chunk
 from stillroom.cache.errors import CorruptError
-from stillroom.cache.id_groups import MAX_LOOKUP
 from stillroom.cache.manifest import ArrayEntry, Chunk
 from stillroom.cache.testing_shard import Stored, expect_corrupt, random_stored
 from stillroom.cache.zarr_format import ZarrFormat
+from stillroom.cache.zarr_id_groups import MAX_LOOKUP
 from stillroom.cache.zarr_layout import CHUNK_ROWS, chunks_of
 from tests.cache.fakes import same_bits
 

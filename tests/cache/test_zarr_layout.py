@@ -11,8 +11,8 @@ from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from stillroom.cache.example_shards import random_shard
-from stillroom.cache.id_groups import group_ids
 from stillroom.cache.schema import COLUMNS
+from stillroom.cache.zarr_id_groups import group_ids
 from stillroom.cache.zarr_layout import (
     BLOCK_ROWS,
     CHUNK_ROWS,

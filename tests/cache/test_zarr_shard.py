@@ -13,11 +13,11 @@ from zarr.storage import ZipStore
 from stillroom.cache import jsonfile
 from stillroom.cache.check_arrays import check_arrays
 from stillroom.cache.codec import decode_chunk
-from stillroom.cache.entries import pack_entries
 from stillroom.cache.example_shards import edges, random_shard
-from stillroom.cache.id_groups import group_ids
 from stillroom.cache.schema import COLUMNS, Arrays
 from stillroom.cache.shard_format import Encoded
+from stillroom.cache.zarr_entries import pack_entries
+from stillroom.cache.zarr_id_groups import group_ids
 from stillroom.cache.zarr_layout import BLOCK_ROWS, CHUNK_ROWS, STORED_IDS, block_key
 from stillroom.cache.zarr_shard import encode_zarr
 from tests.cache.fakes import random_arrays, same_bits

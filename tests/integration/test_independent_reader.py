@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from stillroom.cache.example_shards import random_shard
+from stillroom.cache.quarantine import put_quarantine
 from stillroom.cache.schema import Arrays
 from stillroom.cache.store import Cache
 from tests.cache.fakes import commit_shard, make_identity, make_meta, same_bits
@@ -90,6 +91,19 @@ def test_takes_the_commit_behind_those_in_quarantine(
     cache.quarantine(PART, "for a test", damaged=False)
     again = random_shard(2, 20, 3, topk=6, vocab_size=900, extra=2, mass=True)
     commit_shard(cache, again)
+    expect_equal(read_part(tmp_path, PART), again)
+
+
+def test_takes_the_first_commit_that_is_not_in_quarantine(
+    tmp_path: Path, read_part: ReadPart
+) -> None:
+    """Marks of commits that are not there yet leave a gap, and do not count."""
+    cache = make_cache(tmp_path, "zarr", mass=True)
+    cache.quarantine(PART, "for a test", damaged=False)
+    for n in (2, 3):
+        put_quarantine(cache.storage, PART, n, "for a test", damaged=False)
+    again = random_shard(2, 20, 3, topk=6, vocab_size=900, extra=2, mass=True)
+    assert commit_shard(cache, again).n == cache.commits()[PART] == 1
     expect_equal(read_part(tmp_path, PART), again)
 
 

@@ -1,6 +1,8 @@
 """Scorers killed at random moments while others score, repair and collect rubbish: each part is
-wholly there or not there, nothing committed is lost, and one more run does the rest."""
+wholly there or not there, nothing committed is lost, and one more run does the rest. Some die
+behind commits of theirs, and some within an attempt."""
 
+import json
 import os
 import random
 import shutil
@@ -10,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = 8
 NAMES = [make_meta(number).name for number in range(PARTS)]
 KILLS_A_ROOT = 8
-LONGEST_S = 0.08
+EARLY_S, WITHIN_S = 0.08, 0.03
+"""Longest waits before a kill: after a scorer's start, and after it began to write a shard."""
+STUCK_S = 5.0
 OLD_S = 3 * 24 * 3600
 
 
@@ -129,29 +134,63 @@ def age(paths: set[Path]) -> None:
             os.utime(path, (then, then))
 
 
-def race(
-    children: Children, root: Path, expected: dict[str, Arrays], rng: random.Random
-) -> tuple[int, int]:
-    """Kill scorers, and now and then the others, until enough died.
+@dataclass(slots=True)
+class Toll:
+    """What happened."""
 
-    Returns:
-        How many died, and how many objects that they left were removed meanwhile.
-    """
+    kills: int = 0
+    kills_behind_commits: int = 0
+    """Of scorers that had committed something."""
+    kills_within_attempts: int = 0
+    """Rounds of kills that left an attempt at a part which then had no commit."""
+    removed: int = 0
+    """Objects that `gc` removed meanwhile."""
+
+
+def scorer_pids(commits: dict[str, bytes]) -> set[int]:
+    """Who made the commits."""
+    return {json.loads(data)["scorer"]["pid"] for data in commits.values()}
+
+
+def unfinished(objects: set[Path], commits: dict[str, bytes]) -> set[Path]:
+    """Objects of attempts at parts that have no commit: only the dead leave them."""
+    done = {name.rsplit(".", 2)[0] for name in commits}
+    return {path for path in objects if path.match("scores/*/*/*") and path.parts[-3] not in done}
+
+
+def wait(root: Path, rng: random.Random) -> None:
+    """Until a random moment: of a scorer's first steps, or at its work, however slow it is."""
+    if rng.random() < 0.5:
+        time.sleep(rng.uniform(0, EARLY_S))
+        return
+    before, end = left_behind(root), time.monotonic() + STUCK_S
+    while left_behind(root) <= before and time.monotonic() < end:
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, WITHIN_S))
+
+
+def race(
+    children: Children, root: Path, expected: dict[str, Arrays], rng: random.Random, toll: Toll
+) -> None:
+    """Kill scorers, and now and then the others, until enough died."""
     others = {task: children.start(task, root) for task in ("clean", "mend")}
     commits: dict[str, bytes] = {}
     aged: set[Path] = set()
     kills = rounds = 0
-    while kills < KILLS_A_ROOT and rounds < 4 * KILLS_A_ROOT:
+    while kills < KILLS_A_ROOT and rounds < 4 * KILLS_A_ROOT and len(commits) < PARTS:
         rounds += 1
         scorers = [children.start("score", root) for _ in range(2)]
-        time.sleep(rng.uniform(0, LONGEST_S))
-        kills += sum(children.kill(pid) for pid in rng.sample(scorers, 2))
+        wait(root, rng)
+        dead = {pid for pid in rng.sample(scorers, 2) if children.kill(pid)}
+        kills += len(dead)
         if rng.random() < 0.2:
             task = rng.choice(list(others))
             assert children.kill(others[task]), f"{task} ended by itself"
             others[task] = children.start(task, root)
             kills += 1
         commits = check(root, expected, commits)
+        toll.kills_behind_commits += len(dead & scorer_pids(commits))
+        toll.kills_within_attempts += bool(unfinished(left_behind(root) - aged, commits))
         leave_more(root, rng)
         aged |= left_behind(root)
         age(aged)
@@ -160,26 +199,28 @@ def race(
     assert sorted(report.scored) == sorted(set(NAMES) - {n.rsplit(".", 2)[0] for n in commits})
     for task, pid in others.items():
         assert children.kill(pid), f"{task} ended by itself"
-    removed = sum(not path.exists() for path in aged)
+    toll.kills += kills
+    toll.removed += sum(not path.exists() for path in aged)
     age(left_behind(root))
     collect(cache, plan_collection(cache))
     check(root, expected, commits)
     assert sorted(cache.commits()) == NAMES
     assert len(left_behind(root)) == 2 * PARTS, "shard and manifest of each part, and nothing else"
-    return kills, removed
 
 
 def kill_many(
     children: Children, start: Path, expected: dict[str, Arrays], folder: Path, kills: int
 ) -> None:
-    rng, killed, removed, roots = random.Random(kills), 0, 0, 0
-    while killed < kills:
+    rng, toll, roots = random.Random(kills), Toll(), 0
+    while toll.kills < kills:
         root = Path(shutil.copytree(start, folder / str(roots)))
-        died, gone = race(children, root, expected, rng)
+        race(children, root, expected, rng, toll)
         shutil.rmtree(root)
-        killed, removed, roots = killed + died, removed + gone, roots + 1
+        roots += 1
         assert roots < kills
-    assert removed > 0, "gc met the scorers"
+    assert toll.removed > 0, f"gc met no scorers: {toll}"
+    assert toll.kills_behind_commits >= kills // 50, f"killed before they committed: {toll}"
+    assert toll.kills_within_attempts >= kills // 50, f"killed while they wrote nothing: {toll}"
 
 
 @pytest.mark.dist

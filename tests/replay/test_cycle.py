@@ -1,5 +1,6 @@
 """Cycles: fixed names for planned work, and prompts that stay as they were rendered."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 
 from stillroom.cache import jsonfile
-from stillroom.cache.errors import ConfigError, CorruptError
+from stillroom.cache.errors import ConfigError, CorruptError, InputError
 from stillroom.cache.store import Cache
+from stillroom.replay import cycle as cycle_module
 from stillroom.replay.cycle import Cycle, Unit, has_cycle, load_cycle, plan_cycle, store_cycle
 from stillroom.replay.sampler import SamplerConfig
 from tests.replay.conftest import make_prompts
@@ -122,6 +124,34 @@ def test_prompts_are_stored_as_they_were_rendered(empty_cache: Cache) -> None:
     for mine, theirs in zip(stored, PROMPTS, strict=True):
         assert mine.token.dtype == np.uint32
         assert np.array_equal(mine.token, theirs.token)
+
+
+@pytest.mark.parametrize(
+    ("name", "bound", "got"),
+    [
+        ("MAX_BYTES", 900, "[0-9]+ bytes"),
+        ("MAX_CONTAINERS", 40, "more than 40 arrays"),
+        ("MAX_TOKEN_BYTES", 4, "1 prompt tokens of"),
+    ],
+)
+def test_a_plan_that_could_not_be_read_again_is_not_stored(
+    empty_cache: Cache, monkeypatch: pytest.MonkeyPatch, name: str, bound: int, got: str
+) -> None:
+    cycle = plan_cycle(make_prompts(20), CONFIG, policy_version=0, seed=1, unit_rollouts=2)
+    module = cycle_module if hasattr(cycle_module, name) else jsonfile
+    monkeypatch.setattr(module, name, bound)
+    with pytest.raises(InputError, match=rf"units/a\.json.*{got}.*Plan fewer prompts at a time"):
+        store_cycle(empty_cache, "a", cycle)
+    assert not has_cycle(empty_cache, "a")
+    monkeypatch.undo()
+    assert store_cycle(empty_cache, "a", cycle) == cycle
+
+
+def test_a_plan_of_a_tebibyte_is_not_read(empty_cache: Cache) -> None:
+    empty_cache.storage.put_new("units/a.json", b"")
+    os.truncate(empty_cache.storage.folder / "units/a.json", 1 << 40)
+    with pytest.raises(CorruptError, match=r"units/a\.json: expected at most 67108864 bytes"):
+        load_cycle(empty_cache, "a")
 
 
 @pytest.mark.parametrize(

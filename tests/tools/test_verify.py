@@ -12,8 +12,9 @@ import pytest
 from stillroom.cache import jsonfile
 from stillroom.cache.commits import commit_path
 from stillroom.cache.errors import StorageError
-from stillroom.cache.storage import Storage
+from stillroom.cache.storage import Entry, Storage
 from stillroom.cache.store import Cache
+from stillroom.tools.repair import repair
 from stillroom.tools.verify import verify
 from tests.cache.fakes import make_meta
 from tests.tools import small_cache
@@ -270,6 +271,29 @@ def test_bytes_that_gc_removes_meanwhile(root: Path, monkeypatch: pytest.MonkeyP
     report = verify(cache, part=LIVE)
     assert report.findings == []
     assert [note.problem for note in report.notes] == ["its bytes are being removed by gc"]
+
+
+def test_the_marks_of_gc_are_listed_as_often_for_four_damaged_shards_as_for_one(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed, real = list[str](), Storage.list
+
+    def noting(self: Storage, prefix: str) -> list[Entry]:
+        listed.append(prefix)
+        return real(self, prefix)
+
+    def looks(parts: tuple[str, ...]) -> int:
+        cache = Cache.open(shutil.copytree(root, root.with_name(f"copy-{len(parts)}")))
+        for part in parts:
+            flip(shard_object(cache.storage.folder, part), 500)
+        before = listed.count("removed")
+        report = verify(cache)
+        assert len(report.findings) == len(parts)
+        repair(cache, report, deep=False)
+        return listed.count("removed") - before
+
+    monkeypatch.setattr(Storage, "list", noting)
+    assert looks((LIVE, OTHER, RETIRED, AGAIN)) == looks((LIVE,))
 
 
 def cache_of_gc(root: Path) -> Callable[[], None]:

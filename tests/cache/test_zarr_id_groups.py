@@ -8,10 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from stillroom.cache import id_groups
+from stillroom.cache import zarr_id_groups
 from stillroom.cache.errors import ShapeError
-from stillroom.cache.id_groups import MAX_GROUPS, MAX_LOOKUP, GroupedIds, group_ids, lookup_table
 from stillroom.cache.schema import UNUSED_ID
+from stillroom.cache.zarr_id_groups import (
+    MAX_GROUPS,
+    MAX_LOOKUP,
+    GroupedIds,
+    group_ids,
+    lookup_table,
+)
 from tests.cache.conftest import QUICK
 from tests.cache.fakes import same_bits
 
@@ -116,7 +122,7 @@ def test_equal_ids_give_equal_codes() -> None:
 def test_ids_too_large_to_count_are_coded_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = zipf(3, 2000, 8, 500, topics=3)
     counted = group_ids(ids)
-    monkeypatch.setattr(id_groups, "MAX_LOOKUP", 499)
+    monkeypatch.setattr(zarr_id_groups, "MAX_LOOKUP", 499)
     with pytest.raises(ShapeError, match="at most 499 ids"):
         group_ids(np.arange(500, dtype=np.uint32)[:, None])
     few = ids % 400 + 10_000

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillroom.cache.entries import pack_entries, unpack_entries
+from stillroom.cache.zarr_entries import pack_entries, unpack_entries
 from tests.cache.conftest import QUICK
 
 

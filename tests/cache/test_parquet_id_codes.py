@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillroom.cache.id_codes import MAX_CODES, MAX_ID, code_ids
+from stillroom.cache.parquet_id_codes import MAX_CODES, MAX_ID, code_ids
 from stillroom.cache.schema import UNUSED_ID
 from tests.cache.conftest import QUICK
 from tests.cache.fakes import same_bits

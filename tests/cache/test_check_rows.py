@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillroom.cache.check_rollouts import bad_rows
+from stillroom.cache.check_rows import bad_rows
 from stillroom.cache.errors import InputError
 from stillroom.cache.part import encode_part
 from tests.cache.conftest import QUICK

@@ -1,0 +1,62 @@
+"""What `run` refuses before it writes anything; that of its models is in tests/integration."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillroom.cache import jsonfile
+from stillroom.cache.errors import ConfigError, CorruptError
+from stillroom.cache.teacher import TeacherConfig
+from stillroom.replay.prompts import PromptsConfig
+from stillroom.train.config import RunConfig
+from stillroom.train.preflight import check_output, settings_of
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    """Settings of a run."""
+    return RunConfig(
+        root="root",
+        output="output",
+        student="student",
+        teacher=TeacherConfig(model="teacher"),
+        prompts=PromptsConfig(source="prompts.jsonl"),
+        held_out=PromptsConfig(source="held_out.jsonl"),
+    )
+
+
+def write(path: Path, record: dict[str, Any]) -> Path:
+    """A file of JSON."""
+    path.write_bytes(jsonfile.dump(record))
+    return path
+
+
+def test_the_output_of_the_same_run_or_of_none_is_fine(config: RunConfig, tmp_path: Path) -> None:
+    check_output(tmp_path / "run.json", config)
+    check_output(write(tmp_path / "run.json", {"settings": settings_of(config)}), config)
+
+
+def test_the_output_of_another_run_names_what_differs(config: RunConfig, tmp_path: Path) -> None:
+    other = settings_of(config) | {"student": "another"}
+    path = write(tmp_path / "run.json", {"settings": other})
+    with pytest.raises(ConfigError, match=r"student = 'another'; got student = 'student'\. Give"):
+        check_output(path, config)
+
+
+@pytest.mark.parametrize(
+    ("record", "got"),
+    [
+        ({}, "no settings"),
+        ({"settings": None}, "settings = None"),
+        ({"settings": 3}, "settings = 3"),
+        ({"settings": "student"}, "settings = 'student'"),
+        ({"settings": [["student", 1]]}, r"settings = \[\['student', 1\]\]"),
+    ],
+)
+def test_a_record_without_settings_is_named(
+    config: RunConfig, tmp_path: Path, record: dict[str, Any], got: str
+) -> None:
+    path = write(tmp_path / "run.json", record)
+    with pytest.raises(CorruptError, match=rf"run\.json: expected a run's settings.*; got {got}\."):
+        check_output(path, config)
