@@ -65,6 +65,8 @@ def load_causal_lm(files: ModelFiles, dtype: str, device: torch.device) -> PreTr
             str(files.folder), "weights for every tensor", got, "Save the model again."
         )
     model = cast(PreTrainedModel, model.to(device).eval())
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # transformers' fused attention leaves the cap out
     _check_head(model, files)
     return model
 

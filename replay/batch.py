@@ -1,20 +1,53 @@
 """What a step gets: packed rows with the teacher's scores, as NumPy arrays.
 
-Shapes: T tokens of a micro-batch, R rows in it, P scored positions, K teacher entries, M extra ids.
+Shapes: T tokens of a micro-batch, R segments in it, P scored positions, K teacher entries, M extra
+ids. A segment is a row; or a prompt that several rows share; or the completion of one of those.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 
+from stillroom.cache.errors import InputError, ShapeError
 from stillroom.cache.schema import Arrays
 
-EXTRA_DTYPES: dict[str, type] = {
-    "extra_id": np.int64,
-    "extra_logprob": np.float32,
-    "extra_behaviour_logprob": np.float32,
+Empty = Callable[[tuple[int, ...], Any], np.ndarray]
+"""Makes an array of a shape and a dtype whose values will be written, as np.empty does."""
+
+LAYOUT: dict[str, tuple[str, type]] = {
+    "token": ("T", np.int64),
+    "position_id": ("T", np.int64),
+    "row_start": ("E", np.int32),
+    "prefix": ("R", np.int32),
+    "predict_index": ("P", np.int64),
+    "sampled_id": ("P", np.int64),
+    "topk_id": ("PK", np.int32),
+    "topk_logprob": ("PK", np.float16),
+    "tail_logprob": ("P", np.float32),
+    "sampled_logprob": ("P", np.float32),
+    "behaviour_logprob": ("P", np.float32),
+    "policy_version": ("P", np.int64),
+    "sampling_temperature": ("P", np.float32),
+    "source": ("P", np.int64),
+    "row": ("P", np.int64),
+    "cache": ("P", np.int16),
+    "extra_id": ("PM", np.int32),
+    "extra_logprob": ("PM", np.float16),
+    "extra_behaviour_logprob": ("PM", np.float32),
 }
+"""Axes and dtype of each array of a micro-batch; E is R + 1."""
+
+UNUSED = {
+    "topk_id": -1,
+    "topk_logprob": -np.inf,
+    "extra_id": -1,
+    "extra_logprob": -np.inf,
+    "extra_behaviour_logprob": np.nan,
+}
+"""What stands in unused entries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,34 +55,39 @@ class Row:
     """One sequence with its scores."""
 
     number: int
-    """Its number in the snapshot."""
+    """Its number in its snapshot."""
     arrays: Arrays
-    """Every column of this one sequence."""
+    """Every column of this one sequence, in the dtypes of a shard."""
     sampling_temperature: float
     """Temperature of its behaviour logprobs; NaN if unknown."""
+    cache: int = 0
+    """Index of the stream's source that it comes from."""
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows laid end to end."""
+    """Rows laid end to end, without padding."""
 
     token: np.ndarray
     """(T,) int64."""
     position_id: np.ndarray
-    """(T,) int64: restarts at 0 with every row."""
+    """(T,) int64: restarts at 0 with every row; goes on after the prompt where that is shared."""
     row_start: np.ndarray
-    """(R + 1,) int32: first token of each row; the last entry is T."""
+    """(R + 1,) int32: first token of each segment; the last entry is T."""
+    prefix: np.ndarray
+    """(R,) int32: the segment whose tokens come before this one's (a shared prompt, which stands
+    earlier and has no prefix itself); -1 for none."""
     predict_index: np.ndarray
-    """(P,) int64: index of the token whose hidden state predicts the position; one before the token
-    that it scores."""
+    """(P,) int64: index of the token whose hidden state predicts the position; the one before the
+    token that it scores, which in a shared prompt predicts several."""
     sampled_id: np.ndarray
     """(P,) int64: the token that it scores."""
     topk_id: np.ndarray
-    """(P, K) int64; unused entries are 2**32 - 1."""
+    """(P, K) int32 token ids; -1 where unused."""
     topk_logprob: np.ndarray
-    """(P, K) float32 nats; -inf where unused."""
+    """(P, K) float16 nats; -inf where unused."""
     tail_logprob: np.ndarray
-    """(P,) float32 nats."""
+    """(P,) float32 nats; -inf where the entries are the whole vocabulary."""
     sampled_logprob: np.ndarray
     """(P,) float32 nats, the teacher's."""
     behaviour_logprob: np.ndarray
@@ -61,12 +99,14 @@ class MicroBatch:
     source: np.ndarray
     """(P,) int64: index into schema.SOURCES."""
     row: np.ndarray
-    """(P,) int64: number in the snapshot of the position's row."""
+    """(P,) int64: number of the position's row in the snapshot of its cache."""
+    cache: np.ndarray
+    """(P,) int16: index of the stream's source that the position comes from."""
     extra_id: np.ndarray
-    """(P, M) int64: ids that the student chose, or draws from the teacher's tail, as the cache's
-    identity says; M is 0 without them. Unused ones are 2**32 - 1. No loss here uses them."""
+    """(P, M) int32: ids that the student chose, or draws from the teacher's tail, as the cache's
+    identity says; M is 0 without them; -1 where unused. No loss here uses them."""
     extra_logprob: np.ndarray
-    """(P, M) float32 nats, the teacher's; -inf where unused."""
+    """(P, M) float16 nats, the teacher's; -inf where unused."""
     extra_behaviour_logprob: np.ndarray
     """(P, M) float32 nats: of the policy that chose them, or of the draw given the tail; NaN where
     unknown or unused."""
@@ -86,67 +126,174 @@ class Batch:
     """g of the step's first row: where the step begins in its epoch."""
     rows: tuple[int, ...]
     """Snapshot rows of the whole step, all ranks, in replay order."""
+    caches: tuple[int, ...]
+    """Index of the stream's source of each of them."""
     num_positions: int
     """N, scored tokens of the whole step, all ranks: what the loss is divided by."""
     micro_batches: tuple[MicroBatch | None, ...]
     """This rank's; None is one that only keeps step with the other ranks."""
 
 
-def collate(rows: Sequence[Row]) -> MicroBatch:
-    """Lay rows end to end."""
-    lengths = [len(row.arrays["token"]) for row in rows]
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+def collate(
+    rows: Sequence[Row], *, groups: Sequence[int] | None = None, empty: Empty = np.empty
+) -> MicroBatch:
+    """Lay rows end to end; rows of caches with smaller K or M get unused entries.
+
+    Args:
+        rows: one at least.
+        groups: a number for each row; neighbours with the same one have the same prompt, which is
+            laid down once before their completions. None shares nothing.
+        empty: allocates the results.
+
+    Raises:
+        InputError: rows of one group differ in their prompts, or a token id is 2**31 or more.
+        ShapeError: columns of a row disagree in length.
+    """
+    segments = _segments(rows, groups)
     scored = [np.flatnonzero(row.arrays["scored"]) for row in rows]
-    target = np.concatenate([s + start for s, start in zip(scored, starts, strict=False)])
-    token = _joined(rows, "token", np.int64)
-    counts = [len(s) for s in scored]
-    return MicroBatch(
-        token=token,
-        position_id=np.concatenate([np.arange(n) for n in lengths]),
-        row_start=starts.astype(np.int32),
-        predict_index=target - 1,
-        sampled_id=token[target],
-        topk_id=_joined(rows, "topk_id", np.int64),
-        topk_logprob=_joined(rows, "topk_logprob", np.float32),
-        tail_logprob=_joined(rows, "tail_logprob", np.float32),
-        sampled_logprob=_joined(rows, "sampled_logprob", np.float32),
-        behaviour_logprob=_joined(rows, "behaviour_logprob", np.float32),
-        policy_version=np.repeat([int(r.arrays["policy_version_min"][0]) for r in rows], counts),
-        sampling_temperature=np.repeat([np.float32(r.sampling_temperature) for r in rows], counts),
-        source=np.repeat([int(r.arrays["source"][0]) for r in rows], counts),
-        row=np.repeat([r.number for r in rows], counts),
-        **_extra_columns(rows, sum(counts)),
-    )
+    _check_lengths(rows, scored)
+    lengths = [segment.stop - segment.start for segment in segments]
+    sizes = {
+        "T": sum(lengths),
+        "E": len(segments) + 1,
+        "R": len(segments),
+        "P": sum(map(len, scored)),
+        "K": max(_width(row, "topk_id") for row in rows),
+        "M": max(_width(row, "extra_id") for row in rows),
+    }
+    out = _allocate(sizes, empty)
+    out["row_start"][0] = 0
+    out["row_start"][1:] = np.cumsum(lengths)
+    out["prefix"][:] = [segment.prefix for segment in segments]
+    tokens = [rows[s.row].arrays["token"][s.start : s.stop] for s in segments]
+    np.concatenate(tokens, out=out["token"])
+    shift = out["row_start"][:-1] - [segment.start for segment in segments]
+    out["position_id"][:] = np.arange(sizes["T"]) - np.repeat(shift, lengths)
+    _point(out, segments, scored, shift)
+    _copy_scores(out, rows, [len(s) for s in scored])
+    return MicroBatch(**out)
 
 
 def idle_micro_batch() -> MicroBatch:
     """One token and nothing scored but a dummy: for a rank that must only keep step."""
-    zero, none = np.zeros(1, np.int64), np.zeros((1, 0))
-    nan = np.full(1, np.nan, np.float32)
-    return MicroBatch(
-        token=zero,
-        position_id=zero,
-        row_start=np.array([0, 1], np.int32),
-        predict_index=zero,
-        sampled_id=zero,
-        topk_id=none.astype(np.int64),
-        topk_logprob=none.astype(np.float32),
-        tail_logprob=nan,
-        sampled_logprob=nan,
-        behaviour_logprob=nan,
-        policy_version=zero,
-        sampling_temperature=np.ones(1, np.float32),
-        source=zero,
-        row=zero,
-        **_extra_columns([], 1),
-    )
+    out = _allocate({"T": 1, "E": 2, "R": 1, "P": 1, "K": 0, "M": 0}, np.zeros)
+    out["row_start"][1], out["prefix"][0], out["sampling_temperature"][0] = 1, -1, 1
+    for name in ("tail_logprob", "sampled_logprob", "behaviour_logprob"):
+        out[name][0] = np.nan
+    return MicroBatch(**out)
 
 
-def _extra_columns(rows: Sequence[Row], positions: int) -> dict[str, np.ndarray]:
-    if not any(name in row.arrays for row in rows for name in EXTRA_DTYPES):
-        return {name: np.zeros((positions, 0), dtype) for name, dtype in EXTRA_DTYPES.items()}
-    return {name: _joined(rows, name, dtype) for name, dtype in EXTRA_DTYPES.items()}
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Tokens start to stop of a row; `prefix` is the segment before them, or -1."""
+
+    row: int
+    start: int
+    stop: int
+    prefix: int
 
 
-def _joined(rows: Sequence[Row], name: str, dtype: type) -> np.ndarray:
-    return np.concatenate([row.arrays[name] for row in rows]).astype(dtype)
+def _segments(rows: Sequence[Row], groups: Sequence[int] | None) -> list[_Segment]:
+    out: list[_Segment] = []
+    numbers = range(len(rows)) if groups is None else groups
+    for _, together in groupby(range(len(rows)), key=lambda i: numbers[i]):
+        first, *others = together
+        prompt = _common_prompt(rows, first, others) if others else 0
+        prefix = len(out) if others else -1
+        if others:
+            out.append(_Segment(first, 0, prompt, -1))
+        out += [_Segment(i, prompt, len(rows[i].arrays["token"]), prefix) for i in (first, *others)]
+    return out
+
+
+def _common_prompt(rows: Sequence[Row], first: int, others: Sequence[int]) -> int:
+    """Tokens of the prompt that the rows share; fewer where a row was cut within its prompt."""
+    shortest = min(len(rows[i].arrays["token"]) for i in (first, *others))
+    full = int(rows[first].arrays["prompt_length"][0])
+    length = min(full, shortest)
+    prompt = rows[first].arrays["token"][:length]
+    for i in others:
+        arrays = rows[i].arrays
+        same = np.array_equal(arrays["token"][:length], prompt)
+        if arrays["prompt_length"][0] != full or not same:
+            expected = f"the prompt of row {rows[first].number}, whose group it is in"
+            do = "Give one group number to rows of one prompt only; run 'stillroom verify'."
+            raise InputError(f"row {rows[i].number}", expected, "another prompt", do)
+    return length
+
+
+def _point(
+    out: Arrays, segments: Sequence[_Segment], scored: Sequence[np.ndarray], shift: np.ndarray
+) -> None:
+    """Write where positions are predicted and what they score, from where they are in their rows.
+
+    `shift` is what leads from a token's index in its row to that in the micro-batch, by segment.
+    """
+    last = {segment.row: i for i, segment in enumerate(segments)}
+    own = np.repeat([last[i] for i in range(len(scored))], [len(s) for s in scored])
+    target = np.concatenate(scored)
+    out["sampled_id"][:] = out["token"][target + shift[own]]
+    in_prompt = target - 1 < np.array([segment.start for segment in segments])[own]
+    holder = np.where(in_prompt, out["prefix"][own], own)
+    out["predict_index"][:] = target - 1 + shift[holder]
+
+
+def _copy_scores(out: Arrays, rows: Sequence[Row], counts: Sequence[int]) -> None:
+    """Write the columns along positions; each big array is moved once."""
+    of_row: dict[str, list[int] | list[float]] = {
+        "policy_version": [int(row.arrays["policy_version_min"][0]) for row in rows],
+        "sampling_temperature": [row.sampling_temperature for row in rows],
+        "source": [int(row.arrays["source"][0]) for row in rows],
+        "row": [row.number for row in rows],
+        "cache": [row.cache for row in rows],
+    }
+    for name, values in of_row.items():
+        out[name][:] = np.repeat(values, counts)
+    for name in ("tail_logprob", "sampled_logprob", "behaviour_logprob"):
+        np.concatenate([row.arrays[name] for row in rows], out=out[name])
+    for name, unused in UNUSED.items():
+        width = out[name].shape[1]
+        if not width:
+            continue
+        if all(_width(row, name) == width for row in rows):
+            np.concatenate([_values(row, name) for row in rows], out=out[name])
+            continue
+        out[name][:] = unused
+        for row, stop, count in zip(rows, np.cumsum(counts), counts, strict=True):
+            if _width(row, name):
+                out[name][stop - count : stop, : _width(row, name)] = _values(row, name)
+
+
+def _check_lengths(rows: Sequence[Row], scored: Sequence[np.ndarray]) -> None:
+    names = ("tail_logprob", "sampled_logprob", "behaviour_logprob", *UNUSED)
+    for row, positions in zip(rows, scored, strict=True):
+        for name in names:
+            if len(row.arrays.get(name, positions)) != len(positions):
+                where, got = f"row {row.number}, {name}", f"{len(row.arrays[name])}"
+                expected = f"{len(positions)} positions, as are scored"
+                raise ShapeError(where, expected, got, "Run 'stillroom verify'.")
+
+
+def _width(row: Row, name: str) -> int:
+    """K or M of a row; 0 where it has no such column."""
+    return row.arrays[name].shape[1] if name in row.arrays else 0
+
+
+def _values(row: Row, name: str) -> np.ndarray:
+    """A column of entries (P, n); ids as int32, in which the mark of unused ones is -1."""
+    values = row.arrays[name]
+    if not name.endswith("_id"):
+        return values
+    signed = values.view(np.int32)
+    if signed.size and signed.min() < -1:
+        where, got = f"row {row.number}, {name}", str(values[signed < -1][0])
+        expected = "token ids below 2**31"
+        raise InputError(where, expected, got, "Run 'stillroom verify'.")
+    return signed
+
+
+def _allocate(sizes: dict[str, int], empty: Empty) -> Arrays:
+    return {
+        name: empty(tuple(sizes[axis] for axis in axes), dtype)
+        for name, (axes, dtype) in LAYOUT.items()
+    }

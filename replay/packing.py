@@ -1,32 +1,81 @@
-"""Packing: a rank's rows of a step, without padding, into micro-batches of bounded tokens. Pure."""
+"""Packing: a rank's rows of a step, without padding, into micro-batches of bounded tokens. Pure.
 
+What is packed are *items*: rows, or rows of one prompt that share it and stay together.
+"""
+
+import heapq
 from collections.abc import Sequence
 
 
-def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Put rows into as few micro-batches as first-fit-decreasing finds.
+def pack(tokens: Sequence[int], max_tokens: int, max_items: int | None = None) -> list[list[int]]:
+    """Put items into as few micro-batches as first-fit-decreasing finds.
 
     Args:
-        lengths: tokens of each row, each at most max_tokens.
+        tokens: of each item, each at most max_tokens.
         max_tokens: tokens of a micro-batch.
+        max_items: items of a micro-batch; None for any number.
 
     Returns:
-        Indices into lengths; every row once. Within a micro-batch rows keep their order.
+        Indices into tokens; every item once. Within a micro-batch items keep their order.
     """
+    most = len(tokens) if max_items is None else max_items
     bins: list[list[int]] = []
     room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = next((b for b, free in enumerate(room) if lengths[i] <= free), None)
+    for i in _longest_first(tokens):
+        at = next(
+            (b for b, free in enumerate(room) if tokens[i] <= free and len(bins[b]) < most), None
+        )
         if at is None:
             bins.append([])
             room.append(max_tokens)
             at = len(bins) - 1
         bins[at].append(i)
-        room[at] -= lengths[i]
-    return [sorted(rows) for rows in bins]
+        room[at] -= tokens[i]
+    return [sorted(items) for items in bins]
 
 
-def num_micro_batches(lengths_by_rank: Sequence[Sequence[int]], max_tokens: int) -> int:
+def num_micro_batches(
+    tokens_by_rank: Sequence[Sequence[int]], max_tokens: int, max_items: int | None = None
+) -> int:
     """M: micro-batches that every rank runs, so that collective operations meet; ranks with fewer
     add empty ones."""
-    return max(len(pack(lengths, max_tokens)) for lengths in lengths_by_rank)
+    return max(len(pack(tokens, max_tokens, max_items)) for tokens in tokens_by_rank)
+
+
+def balance(
+    tokens: Sequence[int], count: int, max_tokens: int, max_items: int | None = None
+) -> list[list[int]]:
+    """Spread items over micro-batches that all ranks run anyway, so that the largest is small.
+
+    The longest item goes first, each to the micro-batch with the fewest tokens that has room for
+    another item. Where one gets more than `max_tokens` that way, `pack` decides.
+
+    Args:
+        tokens: of each item, each at most max_tokens.
+        count: M, at least the micro-batches that `pack` needs.
+        max_tokens: tokens of a micro-batch.
+        max_items: items of a micro-batch; None for any number.
+
+    Returns:
+        Indices into tokens, as `pack` returns them; at most `count` lists, none of them empty.
+    """
+    most = len(tokens) if max_items is None else max_items
+    bins: list[list[int]] = [[] for _ in range(min(count, len(tokens)))]
+    least = [(0, b) for b in range(len(bins))]
+    for i in _longest_first(tokens):
+        filled, b = heapq.heappop(least)
+        if filled + tokens[i] > max_tokens:
+            return pack(tokens, max_tokens, max_items)
+        bins[b].append(i)
+        if len(bins[b]) < most:
+            heapq.heappush(least, (filled + tokens[i], b))
+    return [sorted(items) for items in bins]
+
+
+def imbalance(tokens: Sequence[int]) -> float:
+    """How much longer the fullest takes than if all were equal: largest / mean, 1 at best."""
+    return max(tokens) * len(tokens) / sum(tokens)
+
+
+def _longest_first(tokens: Sequence[int]) -> list[int]:
+    return sorted(range(len(tokens)), key=lambda i: (-tokens[i], i))

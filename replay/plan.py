@@ -2,9 +2,11 @@
 
 Rows are numbered along a snapshot. An epoch permutes blocks of neighbouring rows and lays them end
 to end, cuts that list into L lanes whose lengths differ by at most one (the longer first), and
-inside a lane permutes aligned tiles of `window` rows. Row g of the epoch is row g div L of lane g
-mod L. Step s of batch size B is rows [sB, (s+1)B); rank r of W takes those with g mod W = r. So the
-rows of a step do not depend on W.
+inside a lane permutes tiles of `window` rows. Where lanes have LONG tiles or more, lane l begins its
+second tile l * window div L rows early, so that lanes need new blocks one after another, not all at
+once. Row g of the epoch is row g div L of lane g mod L. A step is the next B of them; rank r of W takes those with g mod W = r. So the rows of a step
+do not depend on W, and where W divides L a rank reads its own lanes only. (Where rollouts of a
+prompt stay together, a row here is such a group.)
 """
 
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import numpy as np
 from stillroom.cache.errors import ConfigError
 
 MAX_LANES = 64
+LONG = 4
 MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
@@ -44,30 +47,37 @@ class Plan:
     def row(self, epoch: int, g: int) -> int:
         """Snapshot row that comes g-th in an epoch."""
         lane, index = g % self.lanes, g // self.lanes
-        start, length = self._lane(lane)
-        tile = index // self.window
-        size = min(self.window, length - tile * self.window)
-        order = permutation(size, self.seed, epoch, lane, tile)
-        return self._listed(epoch, start + tile * self.window + int(order[index % self.window]))
+        number, first = divmod(index + self._early(lane), self.window)
+        return int(_tile(self, epoch, lane, number)[min(first, index)])
 
-    def step_rows(
-        self, epoch: int, first: int, batch: int, rank: int = 0, world: int = 1
-    ) -> list[int]:
-        """Snapshot rows of one rank in the step that begins at g = first; the last step of an epoch
-        may be short."""
-        stop = min(first + batch, self.rows)
-        return [self.row(epoch, g) for g in range(first, stop) if g % world == rank]
+    def rows_of(self, epoch: int, start: int, stop: int) -> list[int]:
+        """Snapshot rows that come start-th up to stop-th, the last excluded, in an epoch."""
+        return [self.row(epoch, g) for g in range(start, min(stop, self.rows))]
 
     def _lane(self, lane: int) -> tuple[int, int]:
         base, longer = divmod(self.rows, self.lanes)
         return lane * base + min(lane, longer), base + (lane < longer)
 
-    def _listed(self, epoch: int, position: int) -> int:
-        """Snapshot row at a position of the epoch's list of permuted blocks."""
+    def _early(self, lane: int) -> int:
+        """Rows by which the first tile of a lane is short."""
+        is_long = self.rows >= LONG * self.lanes * self.window
+        return lane * self.window // self.lanes if is_long else 0
+
+    def _listed(self, epoch: int, position: np.ndarray) -> np.ndarray:
+        """Snapshot rows at positions of the epoch's list of permuted blocks."""
         order, ends = _blocks(self.rows, self.block, self.seed, epoch)
-        at = int(np.searchsorted(ends, position, side="right"))
-        before = int(ends[at - 1]) if at else 0
-        return int(order[at]) * self.block + position - before
+        at = np.searchsorted(ends, position, side="right")
+        before = np.where(at > 0, ends[at - 1], 0)
+        return np.asarray(order[at] * self.block + position - before)
+
+
+@lru_cache(maxsize=256)
+def _tile(plan: Plan, epoch: int, lane: int, tile: int) -> np.ndarray:
+    start, length = plan._lane(lane)
+    first = max(0, tile * plan.window - plan._early(lane))
+    stop = min((tile + 1) * plan.window - plan._early(lane), length)
+    order = permutation(stop - first, plan.seed, epoch, lane, tile)
+    return plan._listed(epoch, start + first + order)
 
 
 @lru_cache(maxsize=4)
@@ -77,7 +87,6 @@ def _blocks(rows: int, block: int, seed: int, epoch: int) -> tuple[np.ndarray, n
     return order, np.cumsum(sizes)
 
 
-@lru_cache(maxsize=256)
 def permutation(size: int, *key: int) -> np.ndarray:
     """A permutation of range(size) from the key alone: indices sorted by a hash of (key, index).
 
@@ -86,12 +95,13 @@ def permutation(size: int, *key: int) -> np.ndarray:
     state = np.array(size, np.uint64)
     with np.errstate(over="ignore"):
         for word in key:
-            state = _mix(state ^ np.uint64(word % 2**64))
-        hashes = _mix(state + np.arange(1, size + 1, dtype=np.uint64) * np.uint64(MIX[0]))
+            state = mix_bits(state ^ np.uint64(word % 2**64))
+        hashes = mix_bits(state + np.arange(1, size + 1, dtype=np.uint64) * np.uint64(MIX[0]))
     return np.argsort(hashes, kind="stable")
 
 
-def _mix(value: np.ndarray) -> np.ndarray:
+def mix_bits(value: np.ndarray) -> np.ndarray:
+    """One step of SplitMix64 for each uint64; overflow is meant."""
     value = value + np.uint64(MIX[0])
     value = (value ^ (value >> np.uint64(30))) * np.uint64(MIX[1])
     value = (value ^ (value >> np.uint64(27))) * np.uint64(MIX[2])

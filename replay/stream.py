@@ -1,149 +1,130 @@
-"""The stream: a snapshot's rows in replay order, as packed batches, for one rank of any number.
+"""The stream: rows of one or several caches in replay order, as packed batches, for one rank of any
+number. Threads read ahead of it.
 
 Its state is a small plain dict; a stream made from it goes on with the batch that would have come
 next, also on another number of ranks or with another batch size.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from stillroom.cache.errors import ConfigError, CorruptError, InputError, MismatchError
-from stillroom.cache.schema import EDGE_OF, Arrays, Axis, column_of
-from stillroom.cache.snapshot import Snapshot
-from stillroom.cache.store import Cache
-from stillroom.replay.batch import Batch, MicroBatch, Row, collate
-from stillroom.replay.packing import num_micro_batches, pack
-from stillroom.replay.plan import Plan
-
-STATE_FORMAT = 1
-OPEN_SHARDS = 64
-"""Each holds its manifest, row edges and a table of ids: about 1 MB, 10 MB at most in practice."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReplayConfig:
-    """How cached rows come to a trainer."""
-
-    batch_rows: int = 64
-    """B, rows of a step over all ranks; >= 1."""
-    max_tokens: int = 8192
-    """Tokens of a packed micro-batch; no row may be longer."""
-    block_rows: int = 16
-    """Neighbouring rows that are read and shuffled together; >= 1."""
-    window_rows: int = 64
-    """Rows of a lane that are shuffled among themselves; >= 1. About lanes (at most 64) times
-    window_rows + block_rows rows are in use at once; more than cached_bytes of them are read
-    again and again."""
-    cached_bytes: int = 1 << 30
-    """Decoded blocks kept in memory, bytes."""
-    seed: int = 0
-    """Seed of the order."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        if (
-            min(
-                self.batch_rows,
-                self.max_tokens,
-                self.block_rows,
-                self.window_rows,
-                self.cached_bytes,
-            )
-            < 1
-        ):
-            raise ConfigError("replay", "settings of at least 1", repr(self), "Raise them.")
+from stillroom.cache.errors import ConfigError, InputError, MismatchError
+from stillroom.replay.batch import Batch, Empty
+from stillroom.replay.config import AT_EPOCH_END, ReplayConfig
+from stillroom.replay.feed import Feed, Source
+from stillroom.replay.follow import Agree, agree_among, newest_snapshots
+from stillroom.replay.mix import shares
+from stillroom.replay.place import Place, steps_in
+from stillroom.replay.prefetch import Prefetch
+from stillroom.replay.state import check_settings, check_state, snapshots_in, state_of
+from stillroom.replay.step import Planner, Position, Step
 
 
 class ReplayStream:
-    """Batches of one rank.
+    """Batches of one rank. One thread uses it, in the process that made it.
 
     Args:
-        cache: the cache.
-        snapshot: which shards.
-        config: sizes and seed.
+        sources: the cache, or several that are mixed.
+        config: sizes, order, which rows.
         rank: this process, 0 to world - 1.
         world: number of processes.
+        one_row: give each micro-batch one row (or one group with a shared prompt), for students
+            whose packed rows would see one another.
+        vocab_size: tokens of the student, if a cache of another vocabulary is to be refused.
+        empty: allocates arrays of batches; for memory that a GPU copies from.
+        agree: how ranks agree on newer snapshots; None for torch.distributed.
+        stride: takes one step and passes over the next stride - 1, unread: so many streams, each
+            skipped to a step of its own, share the steps.
 
     Raises:
-        InputError: the snapshot is empty, or a row is longer than a micro-batch.
+        InputError: a snapshot is empty, nothing is left of it, a row is longer than a micro-batch,
+            or a step is larger than an epoch.
+        MismatchError: the caches do not fit each other.
     """
 
     def __init__(
         self,
-        cache: Cache,
-        snapshot: Snapshot,
+        sources: Source | Sequence[Source],
         config: ReplayConfig,
         *,
         rank: int = 0,
         world: int = 1,
+        one_row: bool = False,
+        vocab_size: int | None = None,
+        empty: Empty = np.empty,
+        agree: Agree | None = None,
+        stride: int = 1,
     ) -> None:
-        """Open the shards' commits; no row is read yet."""
-        if not 0 <= rank < world:
-            raise ConfigError(
-                "rank", f"0 to {world - 1}", f"{rank}", "Check how the job was launched."
-            )
-        if not snapshot.rows:
-            do = "Roll out and score first, or widen the policies that are replayed."
-            raise InputError(cache.storage.root, "rows to replay", "an empty snapshot", do)
-        self._snapshot, self._config, self._rank, self._world = snapshot, config, rank, world
-        self._lengths = np.concatenate([commit.row_lengths() for commit in snapshot.commits])
-        self._check_lengths()
-        self._plan = Plan(snapshot.rows, config.seed, config.block_rows, config.window_rows)
-        self._reader = _RowReader(cache, snapshot, config)
-        self._epoch = 0
-        self._first = 0
+        """Choose rows; none is read yet, unless a filter needs columns."""
+        sources = [sources] if isinstance(sources, Source) else list(sources)
+        _check_ranks(rank, world)
+        _check_stride(stride, config)
+        _check_sources(sources, config, vocab_size)
+        self._config, self._stride, self._pid = config, stride, os.getpid()
+        self._follow = config.follow_every_steps
+        self._agree = agree or (agree_among(world) if self._follow else None)
+        self._shares = shares([source.weight for source in sources])
+        self._planner = Planner(
+            [Feed(source, number, config) for number, source in enumerate(sources)],
+            self._shares,
+            config,
+            rank,
+            world,
+            one_row,
+        )
+        _check_batch(self.feeds, config)
+        self._position = Position(0, 0, (Place(),) * len(sources))
+        self._history = [[(0, source.snapshot.id)] for source in sources]
+        self._looked_at = 0
+        remote = any("://" in str(source.cache.storage.root) for source in sources)
+        threads = config.read_threads(remote)
+        self._ahead = Prefetch(config.cached_bytes, config.ahead_bytes, threads, empty)
+
+    @property
+    def feeds(self) -> tuple[Feed, ...]:
+        """The sources, as they are read now."""
+        return self._planner.feeds
+
+    @property
+    def snapshots(self) -> list[str]:
+        """Ids of the snapshots that are read now."""
+        return [feed.source.snapshot.id for feed in self.feeds]
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps until every row came once; the last one may be short."""
-        return -(-self._snapshot.rows // self._config.batch_rows)
+        """Steps until every row came once; of several caches, as many as all their rows fill."""
+        units = sum(feed.units_in(self._position.places[0].epoch) for feed in self.feeds)
+        batch = self._config.batch_rows // self._config.group_rows
+        return steps_in(units, batch, self._config.last_batch)
 
-    def state(self) -> dict[str, Any]:
-        """Where the stream stands, before its next batch."""
-        return {
-            "format": STATE_FORMAT,
-            "snapshot": self._snapshot.id,
-            "seed": self._config.seed,
-            "block": self._config.block_rows,
-            "window": self._config.window_rows,
-            "lanes": self._plan.lanes,
-            "epoch": self._epoch,
-            "first": self._first,
-        }
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, before its next batch: a few hundred bytes, plain."""
+        return state_of(self._config, self.feeds, self._shares, self._position, self._history)
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go to a state of a stream over the same snapshot and order.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a state of a stream over the same snapshots and order. A stream that follows its
+        caches goes to the state's snapshots.
 
         Raises:
-            MismatchError: the state belongs to another snapshot, seed or order.
-            CorruptError: it names no place in that order.
+            MismatchError: the state belongs to other caches, snapshots, or another order.
+            CorruptError: it is not a state, or names no place in that order.
+            MissingError: a snapshot that it followed is gone.
         """
-        mine = self.state()
-        fixed = [key for key in mine if key not in ("epoch", "first")]
-        differing = [key for key in fixed if state.get(key) != mine[key]]
-        if differing:
-            raise MismatchError(
-                "stream state",
-                ", ".join(f"{key} = {mine[key]!r}" for key in differing),
-                ", ".join(f"{key} = {state.get(key)!r}" for key in differing),
-                "Resume with the snapshot and settings of the run that saved it.",
-            )
-        epoch, first = state.get("epoch"), state.get("first")
-        if (
-            type(epoch) is not int
-            or type(first) is not int
-            or epoch < 0
-            or not 0 <= first < self._snapshot.rows
-        ):
-            expected = f"an epoch, and a row below {self._snapshot.rows}"
-            do = "Resume from another checkpoint."
-            raise CorruptError("stream state", expected, f"{epoch!r:.40} and {first!r:.40}", do)
-        self._epoch, self._first = epoch, first
+        self._check_usable()
+        followed = list(self.feeds)
+        if self._follow:
+            check_settings(state, self._config, followed, self._shares)
+            pairs = zip(followed, snapshots_in(state), strict=True)
+            followed = [_followed(feed, snapshot) for feed, snapshot in pairs]
+        position, history = check_state(state, self._config, followed, self._shares)
+        _check_batch(followed, self._config)
+        self._ahead.drop()
+        self._planner.feeds = tuple(followed)
+        self._position, self._history = position, history
+        self._looked_at = -1 if position.step else 0
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches without end, epoch after epoch."""
@@ -154,89 +135,141 @@ class ReplayStream:
         """The next step's share of this rank.
 
         Raises:
-            CorruptError: stored bytes are damaged; names the object.
+            CorruptError: stored bytes are damaged; names the object. The stream stays before the
+                step.
         """
-        batch = self._batch(self._epoch, self._first)
-        self._first += self._config.batch_rows
-        if self._first >= self._snapshot.rows:
-            self._epoch, self._first = self._epoch + 1, 0
+        self._check_usable()
+        self._adopt()
+        self._ahead.fill(self._plan, self._position)
+        batch, self._position = self._ahead.take()
+        self._ahead.fill(self._plan, self._position)
         return batch
 
-    def _batch(self, epoch: int, first: int) -> Batch:
-        size, limit = self._config.batch_rows, self._config.max_tokens
-        step = self._plan.step_rows(epoch, first, size)
-        ranks = [step[(r - first) % self._world :: self._world] for r in range(self._world)]
-        count = num_micro_batches([self._tokens(rows) for rows in ranks], limit)
-        own = ranks[self._rank]
-        packed = pack(self._tokens(own), limit)
-        micro: list[MicroBatch | None] = [
-            collate([self._reader.row(own[i]) for i in part]) for part in packed
-        ]
-        return Batch(
-            epoch=epoch,
-            first=first,
-            rows=tuple(step),
-            num_positions=int(self._lengths[step, 2].sum()),
-            micro_batches=(*micro, *[None] * (count - len(micro))),
-        )
+    def skip(self, steps: int) -> None:
+        """Pass over steps without reading their rows."""
+        self._check_usable()
+        self._ahead.drop()
+        for _ in range(steps):
+            self._adopt()
+            _, self._position = self._planner.spans(self._position)
 
-    def _tokens(self, rows: list[int]) -> list[int]:
-        return [int(self._lengths[row, 0]) for row in rows]
+    def close(self) -> None:
+        """End the threads; the stream gives nothing any more. In a fork, do nothing."""
+        if os.getpid() == self._pid:
+            self._ahead.close()
 
-    def _check_lengths(self) -> None:
-        longest = int(self._lengths[:, 0].max())
-        if longest > self._config.max_tokens:
-            expected = f"at least the longest row's {longest} tokens"
-            raise InputError(
-                "replay.max_tokens", expected, f"{self._config.max_tokens}", "Raise it."
-            )
+    def __enter__(self) -> "ReplayStream":
+        """Close at the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    def __getstate__(self) -> None:
+        """Refuse: threads do not travel."""
+        do = "Use replay.dataset.ReplayDataset, which opens its stream where it is iterated."
+        raise ConfigError("stream", "a process of its own", "a copy of another's", do)
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            do = "Start workers with spawn, or open the stream in the child."
+            got = f"a fork of it, {os.getpid()}"
+            raise ConfigError("stream", f"the process that made it, {self._pid}", got, do)
+        if self._ahead.closed:
+            raise ConfigError("stream", "an open stream", "a closed one", "Open another one.")
+
+    def _plan(self, at: Position) -> tuple[Step, Position] | None:
+        """The step at a position; None where newer commits must be looked for first."""
+        if self._due(at):
+            return None
+        step, after = self._planner.next(at)
+        return step, self._passed(after, self._stride - 1)
+
+    def _passed(self, at: Position, steps: int) -> Position:
+        for _ in range(steps):
+            _, at = self._planner.spans(at)
+        return at
+
+    def _due(self, at: Position) -> bool:
+        """Whether newer commits are looked for before the step at a position."""
+        if not self._follow or at.step == self._looked_at:
+            return False
+        if self._follow != AT_EPOCH_END:
+            return at.step % self._follow == 0
+        carried = self._config.last_batch == "carry"
+        over = self._config.batch_rows // self._config.group_rows if carried else 1
+        return all(place.first < over for place in at.places)
+
+    def _adopt(self) -> None:
+        """Take up newer snapshots, if it is time to look and there are any."""
+        if not self._due(self._position):
+            return
+        assert self._agree is not None
+        caches = [feed.source.cache for feed in self.feeds]
+        newest = self._agree(lambda: newest_snapshots(caches))
+        at = self._position.step
+        feeds, places, history = list(self.feeds), list(self._position.places), list(self._history)
+        for i, (feed, snapshot) in enumerate(zip(self.feeds, newest, strict=True)):
+            if snapshot != feed.source.snapshot.id:
+                feeds[i] = _followed(feed, snapshot)
+                places[i] = Place(places[i].epoch + (places[i].first > 0), 0)
+                history[i] = [*history[i], (at, snapshot)]
+        _check_batch(feeds, self._config)
+        self._planner.feeds, self._history = tuple(feeds), history
+        self._position = Position(at, self._position.drawn, tuple(places))
+        self._looked_at = at
 
 
-class _RowReader:
-    """Rows by number, through bounded sets of decoded blocks and of open shards."""
-
-    def __init__(self, cache: Cache, snapshot: Snapshot, config: ReplayConfig) -> None:
-        self._snapshot = snapshot
-        self._block, self._budget = config.block_rows, config.cached_bytes
-        self._ends = np.cumsum([commit.rows for commit in snapshot.commits])
-        self._shard = lru_cache(OPEN_SHARDS)(lambda part: cache.shard(snapshot.commits[part]))
-        self._temperature: dict[int, float] = {}
-        self._blocks: OrderedDict[tuple[int, int], Arrays] = OrderedDict()
-
-    def row(self, number: int) -> Row:
-        part = int(np.searchsorted(self._ends, number, side="right"))
-        local = number - (int(self._ends[part - 1]) if part else 0)
-        block = self._decoded(part, local // self._block)
-        return Row(number, _one(block, local % self._block), self._temperature[part])
-
-    def _decoded(self, part: int, block: int) -> Arrays:
-        key = (part, block)
-        if key in self._blocks:
-            self._blocks.move_to_end(key)
-            return self._blocks[key]
-        start = block * self._block
-        stop = min(start + self._block, self._snapshot.commits[part].rows)
-        shard = self._shard(part)
-        self._blocks[key] = shard.rows(start, stop)
-        temperature = shard.manifest.attributes["sampler"].get("temperature")
-        self._temperature[part] = float("nan") if temperature is None else temperature
-        held = sum(a.nbytes for arrays in self._blocks.values() for a in arrays.values())
-        while held > self._budget and len(self._blocks) > 1:
-            _, dropped = self._blocks.popitem(last=False)
-            held -= sum(a.nbytes for a in dropped.values())
-        return self._blocks[key]
+def _check_stride(stride: int, config: ReplayConfig) -> None:
+    if stride < 1 or (stride > 1 and config.follow_every_steps):
+        got, do = f"{stride}", "Set replay.follow_every_steps to 0, or stride to 1."
+        raise ConfigError("stride", "at least 1, and 1 where a cache is followed", got, do)
 
 
-def _one(block: Arrays, row: int) -> Arrays:
-    """The columns of one sequence of a block; copies, as views keep dropped blocks in memory."""
-    sequences = len(block["prompt_length"])
-    out = {}
-    for name, array in block.items():
-        user_axis: Axis = "sequence" if len(array) == sequences else "position"
-        axis = column_of(name, user_axis).axis
-        if axis == "sequence":
-            out[name] = array[row : row + 1].copy()
-        elif axis != "edge":
-            edge = block[EDGE_OF[axis]]
-            out[name] = array[int(edge[row]) : int(edge[row + 1])].copy()
-    return out
+def _check_ranks(rank: int, world: int) -> None:
+    if not 0 <= rank < world:
+        do = "Check how the job was launched."
+        raise ConfigError("rank", f"0 to {world - 1}", f"{rank}", do)
+
+
+def _check_sources(sources: Sequence[Source], config: ReplayConfig, vocab_size: int | None) -> None:
+    """Refuse empty snapshots, and caches whose tokens or temperatures differ."""
+    if not sources:
+        raise ConfigError("sources", "a cache at least", "none", "Name one.")
+    for source in sources:
+        if not source.snapshot.rows:
+            do = "Roll out and score first, or widen the policies that are replayed."
+            where = source.cache.storage.root
+            raise InputError(where, "rows to replay", "an empty snapshot", do)
+    first = sources[0].cache.identity
+    if vocab_size not in (None, first.vocab_size):
+        where, do = sources[0].cache.storage.root, "Choose a student with the teacher's tokenizer."
+        raise MismatchError(where, f"a vocabulary of {vocab_size}", f"{first.vocab_size}", do)
+    for source in sources[1:]:
+        for name in ("tokenizer_fingerprint", "vocab_size", "temperature"):
+            own, other = getattr(first, name), getattr(source.cache.identity, name)
+            if own != other:
+                do = "Mix caches of one tokenizer and temperature."
+                where = source.cache.storage.root
+                raise MismatchError(where, f"{name} = {own!r}", f"{other!r}", do)
+    if len(sources) > 1 and (config.last_batch != "carry" or config.follow_every_steps < 0):
+        got = f"{config.last_batch} and {config.follow_every_steps}"
+        expected = "carry, and no epoch's end to follow at, for several caches"
+        do = "Their epochs end at different steps: change the settings."
+        raise ConfigError("replay.last_batch, follow_every_steps", expected, got, do)
+
+
+def _check_batch(feeds: Sequence[Feed], config: ReplayConfig) -> None:
+    units = sum(feed.units for feed in feeds)
+    wanted = config.batch_rows // config.group_rows
+    if wanted > units:
+        kind = "rows" if config.group_rows == 1 else f"groups of up to {config.group_rows} rows"
+        do = "Lower replay.batch_rows, or replay more."
+        raise InputError("replay.batch_rows", f"at most the {units} {kind}", f"{wanted}", do)
+
+
+def _followed(feed: Feed, snapshot: str) -> Feed:
+    if snapshot == feed.source.snapshot.id:
+        return feed
+    return feed.with_snapshot(feed.source.cache.open_snapshot(snapshot))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from stillroom.tools.bench_open import Opening
     from stillroom.tools.bench_store import Figures
 
+STORE_POSITIONS, REPLAY_POSITIONS = 65_536, 262_144
 STORE_COLUMNS = ("store", "B/position", "write M/s", "read M/s", "of the limit", "random ms")
 NOTE = (
     "Stillroom's stores hold every column and check every byte; the others hold six columns and"
@@ -25,14 +26,15 @@ OPEN_COLUMNS = ("shards", "first snapshot s", "next s", "open s", "memory MiB", 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bench:
     """Measure stores on the same scores in one run: bytes, writing, reading, and opening against
-    the number of shards."""
+    the number of shards. Or replay: what a stream delivers, beside other loaders."""
 
-    what: Positional[Literal["store"]]
+    what: Positional[Literal["store", "replay"]]
     """What to measure."""
     root: Positional[str | None] = None
     """A cache whose scores are used; None makes some up, which is good for speeds only."""
-    positions: int = 65_536
-    """Scored tokens to measure on, at least; a cache's parts are taken whole."""
+    positions: int | None = None
+    """Scored tokens to measure on, at least; a cache's parts are taken whole. None: 65,536 for the
+    store, 262,144 for replay."""
     topk: int = 64
     """K of made-up scores."""
     commits: tuple[int, ...] = (10, 100, 1_000, 10_000)
@@ -40,24 +42,56 @@ class Bench:
     peers: bool = True
     """Measure other stores too: plain Zarr and Parquet, Hugging Face datasets, and litdata and
     webdataset where they are installed."""
+    s3: bool = False
+    """Replay: measure from an object store too, moto's server on the loopback."""
+    tokens_per_s: float = 260_000.0
+    """Replay: what the simulated trainer takes, tokens a second."""
+    rows: int = 12_288
+    """Replay: rows of the snapshot at least; a small cache's parts are listed more than once."""
     json: bool = False
     """Print JSON."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if min(self.positions, self.topk, *self.commits, 1) < 1:
-            got = f"{self.positions}, {self.topk} and {self.commits}"
-            raise ConfigError("positions, topk, commits", "at least 1", got, "Raise them.")
+        positions = 1 if self.positions is None else self.positions
+        if min(positions, self.topk, self.rows, *self.commits) < 1 or not self.tokens_per_s > 0:
+            got = f"{positions}, {self.topk}, {self.rows}, {self.commits}, {self.tokens_per_s}"
+            names = "positions, topk, rows, commits, tokens_per_s"
+            raise ConfigError(names, "at least 1, and above 0", got, "Raise them.")
 
 
 def run_bench(job: Bench) -> int:
     """`stillroom bench`."""
+    return _replay(job) if job.what == "replay" else _store(job)
+
+
+def _replay(job: Bench) -> int:
+    from stillroom.tools import bench_replay
+
+    figures = bench_replay.bench_replay(
+        job.root,
+        positions=job.positions or REPLAY_POSITIONS,
+        topk=job.topk,
+        tokens_s=job.tokens_per_s,
+        with_peers=job.peers,
+        with_s3=job.s3,
+        rows=job.rows,
+    )
+    if job.json:
+        print_json(bench_replay.as_json(figures))
+    else:
+        bench_replay.print_figures(figures)
+    return 0
+
+
+def _store(job: Bench) -> int:
     from stillroom.tools import bench_data, bench_open, bench_store
 
+    positions = job.positions or STORE_POSITIONS
     if job.root is None:
-        sample = bench_data.made_up(job.positions, job.topk)
+        sample = bench_data.made_up(positions, job.topk)
     else:
-        sample = bench_data.from_cache(Cache.open(job.root), job.positions)
+        sample = bench_data.from_cache(Cache.open(job.root), positions)
     figures = bench_store.bench_store(sample, with_peers=job.peers)
     openings = bench_open.bench_open(sample.identity, list(job.commits))
     if job.json:

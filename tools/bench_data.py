@@ -65,9 +65,10 @@ def join(parts: list[Arrays]) -> Arrays:
     return {name: out[name] for name in [*(c.name for c in COLUMNS), *sorted(out)] if name in out}
 
 
-def made_up(positions: int, topk: int) -> Sample:
-    """Scores with a heavy-tailed vocabulary, topics, and logits on the grid of bfloat16."""
-    rng = np.random.default_rng(0)
+def made_up(positions: int, topk: int, *, longest: int = 900, seed: int = 0) -> Sample:
+    """Scores with a heavy-tailed vocabulary, topics, and logits on the grid of bfloat16; sequences
+    have 100 to `longest` positions."""
+    rng = np.random.default_rng(seed)
     width = max(1024, 2 * topk)
     often = (rng.pareto(0.6, (TOPICS, width)) * 20).astype(np.int64) % VOCAB_SIZE
     topic_ids = np.sort(often, axis=1)
@@ -75,7 +76,7 @@ def made_up(positions: int, topk: int) -> Sample:
         row[:] = rng.permutation(np.union1d(row, rng.permutation(VOCAB_SIZE)[: 2 * width])[:width])
     blocks = list(_scores(rng, topic_ids, positions, topk))
     arrays = {n: np.concatenate([b[n] for b in blocks]) for n in blocks[0]}
-    arrays |= _sequences(rng, arrays["sampled_id"])
+    arrays |= _sequences(rng, arrays["sampled_id"], longest)
     sampled = arrays.pop("sampled_id")
     arrays["token"][arrays["scored"] == 1] = sampled
     identity = Identity(
@@ -128,10 +129,10 @@ def _top(rng: np.random.Generator, ids: np.ndarray, logprob: np.ndarray) -> Arra
     }
 
 
-def _sequences(rng: np.random.Generator, sampled: np.ndarray) -> Arrays:
+def _sequences(rng: np.random.Generator, sampled: np.ndarray, longest: int) -> Arrays:
     lengths: list[int] = []
     while sum(lengths) < len(sampled):
-        lengths.append(min(int(rng.integers(100, 900)), len(sampled) - sum(lengths)))
+        lengths.append(min(int(rng.integers(100, longest)), len(sampled) - sum(lengths)))
     count, completion = len(lengths), np.array(lengths)
     prompt = np.repeat(rng.integers(60, 180, -(-count // 4)), 4)[:count]
     starts = np.concatenate([[0], np.cumsum(prompt + completion)])

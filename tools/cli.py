@@ -54,7 +54,9 @@ COMMANDS = {
     "convert": Command(
         "the same cache in the other shard format", jobs.ConvertJob, work.convert_cache, False
     ),
-    "bench": Command("measure the store on this machine", bench.Bench, bench.run_bench, False),
+    "bench": Command(
+        "measure store or replay on this machine", bench.Bench, bench.run_bench, False
+    ),
     "status": Command(
         "teacher, policies, bytes, teacher seconds", looks.Status, looks.run_status, False
     ),

@@ -1,18 +1,23 @@
-"""Attention inside each row of a packed micro-batch: one causal scaled-dot-product call a row.
+"""Attention inside each segment of a packed micro-batch, and of a completion with the prompt that
+it shares: one scaled-dot-product call a segment.
 
-Registered with transformers under `NAME`; the row boundaries come as `cu_seq_lens_q`, the keyword
-that variable-length kernels take. On a CPU this is three times as fast as one call with a
-block-diagonal mask, and gives what the rows give one by one, to the bit.
+Registered with transformers under `NAME`; where segments lie comes as the keyword `segments`. On a
+CPU this is three times as fast as one call with a block-diagonal mask, and gives what the rows give
+one by one, to the bit. On a GPU in half precision, unless prompts are shared, one variable-length
+flash attention serves all segments.
 """
 
-from itertools import pairwise
+import math
 from typing import Any
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from stillroom.cache.errors import InputError, ShapeError
+from stillroom.cache.errors import ShapeError
+from stillroom.train.segments import Segments, Span
 
 NAME = "stillroom_rows"
 
@@ -24,67 +29,160 @@ def row_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    cu_seq_lens_q: torch.Tensor | None = None,
+    segments: Segments | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of every row with itself.
+    """Causal attention of every segment with its prefix and itself.
 
     Args:
         module: the attention layer.
         query: (1, heads, T, D).
         key: (1, key heads, T, D); key heads divide heads.
-        value: as key.
+        value: as key; its D may differ.
         attention_mask: must be None; packing needs none.
-        cu_seq_lens_q: (R + 1,) int32, first token of each row, then T.
+        segments: where they lie.
         dropout: probability.
         scaling: factor of the scores; None for 1 / sqrt(D).
         sliding_window: tokens that a query sees, itself included; None for all before it.
-        softcap: not supported.
+        softcap: scores become softcap * tanh(score / softcap).
+        s_aux: (heads,), the score of an attention sink of each head.
 
     Returns:
         (1, T, heads, D), and no weights.
 
     Raises:
         ShapeError: not a packed batch.
-        InputError: the architecture has a soft-cap on attention scores.
     """
-    if softcap is not None:
-        expected, do = "attention without a soft-cap", "Choose a student of another architecture."
-        raise InputError(type(module).__name__, expected, f"a soft-cap of {softcap}", do)
-    if cu_seq_lens_q is None or attention_mask is not None or query.shape[0] != 1:
+    if segments is None or attention_mask is not None or query.shape[0] != 1:
         got = f"batch {query.shape[0]}, mask {attention_mask is not None}"
         do = "Load the student with train.student.load_student and give it packed micro-batches."
-        expected = "one packed batch with row boundaries and no mask"
+        expected = "one packed batch with its segments and no mask"
         raise ShapeError(type(module).__name__, expected, got, do)
-    bounds = cu_seq_lens_q.tolist()
-    rows = []
-    for start, stop in pairwise(bounds):
-        mask = _window_mask(stop - start, sliding_window, query.device)
-        rows.append(
-            scaled_dot_product_attention(
-                query[:, :, start:stop],
-                key[:, :, start:stop],
-                value[:, :, start:stop],
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-        )
-    return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None
+    plain = softcap is None and s_aux is None
+    if plain and not dropout and not segments.shares and _has_varlen(query, value):
+        return _varlen(query, key, value, segments, scaling, sliding_window), None
+    out = []
+    for span in segments.spans:
+        seen = _seen(span, sliding_window)
+        mask = segments.mask(seen.stop - seen.start, span.stop - span.start, sliding_window)
+        part = query[:, :, span.start : span.stop]
+        keys, values = (_gather(x, seen, span) for x in (key, value))
+        if plain:
+            out.append(_attend(part, keys, values, mask, dropout, scaling))
+        else:
+            out.append(_attend_plainly(part, keys, values, mask, dropout, scaling, softcap, s_aux))
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    if window is None or length <= window:
-        return None
-    at = torch.arange(length, device=device)
-    distance = at[:, None] - at[None, :]
-    return (distance >= 0) & (distance < window)
+def _seen(span: Span, window: int | None) -> slice:
+    """The tokens of its prefix that a segment's first token sees; the others see no more."""
+    start = span.prefix_start
+    if window is not None:
+        start = min(max(start, span.prefix_stop - window + 1), span.prefix_stop)
+    return slice(start, span.prefix_stop)
+
+
+def _gather(x: torch.Tensor, seen: slice, span: Span) -> torch.Tensor:
+    own = x[:, :, span.start : span.stop]
+    return torch.cat([x[:, :, seen], own], dim=2) if seen.start < seen.stop else own
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    if query.is_cuda and mask is not None:  # no fused kernel takes a mask and grouped heads there
+        key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _attend_plainly(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    sink: torch.Tensor | None,
+) -> torch.Tensor:
+    """What no fused kernel does: scores written out, capped, and with a sink beside them."""
+    length = query.shape[2]
+    key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
+    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    score = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        score = torch.tanh(score / softcap) * softcap
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    score = score.masked_fill(~mask, -math.inf)
+    if sink is not None:
+        score = torch.cat([score, sink.view(1, -1, 1, 1).expand(1, -1, length, 1)], dim=-1)
+    accurate = torch.promote_types(score.dtype, torch.float32)
+    weight = score.softmax(-1, dtype=accurate).to(value.dtype)
+    return drop(weight[..., : key.shape[2]], dropout) @ value
+
+
+def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _has_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether variable-length flash attention runs on such tensors."""
+    if not query.is_cuda or torch.cuda.get_device_capability(query.device) < (8, 0):
+        return False
+    size = query.shape[-1]
+    half = _run_dtype(query) in (torch.float16, torch.bfloat16)
+    return half and size % 8 == 0 and size <= 256 and value.shape[-1] == size
+
+
+def _run_dtype(query: torch.Tensor) -> torch.dtype:
+    """The dtype that attention runs in: autocast's where that is on."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    q, k, v = (x[0].transpose(0, 1).to(_run_dtype(query)) for x in (query, key, value))
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        segments.edge,
+        segments.edge,
+        segments.longest,
+        segments.longest,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, torch.Tensor)
+    return out[None]
 
 
 AttentionInterface.register(NAME, row_attention)

@@ -12,6 +12,7 @@ from safetensors.torch import load_model, save_model
 
 from stillroom.cache import jsonfile
 from stillroom.cache.errors import CorruptError, MissingError
+from stillroom.replay.state import snapshots_in
 from stillroom.train.durable import write_folder
 
 FILES = ("model.safetensors", "training.pt", "state.json")
@@ -64,6 +65,11 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
+def checkpoints_of(output: Path, run: str) -> Path:
+    """Folder of a run's checkpoints."""
+    return output / "checkpoints" / run
+
+
 def newest_checkpoint(root: Path) -> Path | None:
     """The newest checkpoint below root, or None. Unfinished ones have other names."""
     found = sorted(root.glob("step-*"))
@@ -106,6 +112,12 @@ def read_progress(folder: Path) -> Progressed:
         raise CorruptError(str(folder), "a whole checkpoint", f"no {path.name}", DAMAGED)
     state = jsonfile.load(path.read_bytes(), str(path))
     progressed: Progressed = jsonfile.build(Progressed, state, str(path))
+    try:
+        found = len(snapshots_in(progressed.stream))
+    except CorruptError as error:
+        raise CorruptError(str(path), "the state of a stream", error.got, DAMAGED) from error
+    if found != 1:
+        raise CorruptError(str(path), "the state of a stream of one cache", f"{found}", DAMAGED)
     return progressed
 
 

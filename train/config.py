@@ -16,10 +16,10 @@ import yaml
 from stillroom.cache.errors import ConfigError, MissingError
 from stillroom.cache.storage import local_path
 from stillroom.cache.teacher import ScoreSpec, TeacherConfig
+from stillroom.replay.config import ReplayConfig
 from stillroom.replay.prompts import PromptsConfig
 from stillroom.replay.refresh import RefreshConfig
 from stillroom.replay.sampler import SamplerConfig
-from stillroom.replay.stream import ReplayConfig
 
 KINDS = ("forward", "reverse", "jsd")
 PRECISIONS = ("no", "bf16")
@@ -237,6 +237,10 @@ def unfinished(cls: type[Any], values: dict[str, Any], absent: Any) -> Any:
 def _convert(hint: Any, value: Any, where: str, absent: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return build_settings(typing.cast(type[Any], hint), value, where, absent=absent)
+    if typing.get_origin(hint) is tuple:
+        return _convert_list(typing.get_args(hint), value, where, absent)
+    if typing.get_origin(hint) is dict:
+        return _convert_mapping(typing.get_args(hint), value, where, absent)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in allowed and isinstance(value, str):
         value = _number(value)
@@ -246,6 +250,30 @@ def _convert(hint: Any, value: Any, where: str, absent: Any) -> Any:
         return value
     names = " or ".join("nothing" if kind is types.NoneType else kind.__name__ for kind in allowed)
     raise ConfigError(where, names, repr(value), "Correct the value.")
+
+
+def _convert_list(hints: tuple[Any, ...], value: Any, where: str, absent: Any) -> tuple[Any, ...]:
+    """A YAML list as a tuple of so many items, or of any number where the hints end in `...`."""
+    if not isinstance(value, list | tuple):
+        raise ConfigError(where, "a list", repr(value), "Write it as [a, b].")
+    kinds = hints[:1] * len(value) if hints[-1] is Ellipsis else hints
+    if len(kinds) != len(value):
+        raise ConfigError(where, f"a list of {len(kinds)}", repr(value), "Correct the value.")
+    return tuple(
+        _convert(kind, item, f"{where}, item {index}", absent)
+        for index, (kind, item) in enumerate(zip(kinds, value, strict=True))
+    )
+
+
+def _convert_mapping(hints: tuple[Any, ...], value: Any, where: str, absent: Any) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(where, "key: value", repr(value), "Write it as {key: value}.")
+    return {
+        _convert(hints[0], key, f"{where}, key {key!r}", absent): _convert(
+            hints[1], item, f"{where}, key {key!r}", absent
+        )
+        for key, item in value.items()
+    }
 
 
 def _number(text: str) -> float | str:

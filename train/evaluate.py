@@ -1,6 +1,7 @@
 """Held-out measurement: how far a student is from the teacher on scored text, without training on
 it."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -9,7 +10,10 @@ import torch
 from stillroom.cache.schema import SOURCES
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
-from stillroom.replay.stream import ReplayConfig, ReplayStream
+from stillroom.replay.batch import Batch
+from stillroom.replay.config import ReplayConfig
+from stillroom.replay.feed import Source
+from stillroom.replay.stream import ReplayStream
 from stillroom.train.hidden_kl import hidden_kl_bound
 from stillroom.train.objectives import divergence, student_bucket_logprob
 from stillroom.train.student import Student, to_target
@@ -49,10 +53,9 @@ def evaluate(
         For each source that occurs (student, teacher, ...) the means over its positions.
     """
     student.eval()
-    stream = ReplayStream(cache, snapshot, replay)
     values, sources = [], []
-    for _ in range(stream.steps_per_epoch):
-        for micro in stream.next_batch().micro_batches:
+    for batch in _every_row(student, cache, snapshot, replay):
+        for micro in batch.micro_batches:
             assert micro is not None
             logits = student(micro)
             target = to_target(micro, logits.device)
@@ -75,6 +78,24 @@ def evaluate(
         )
         for code in np.unique(source)
     }
+
+
+def _every_row(
+    student: Student, cache: Cache, snapshot: Snapshot, replay: ReplayConfig
+) -> Iterator[Batch]:
+    config = ReplayConfig(
+        batch_rows=min(replay.batch_rows, snapshot.rows),
+        max_tokens=replay.max_tokens,
+        over_long=replay.over_long,
+        block_rows=replay.block_rows,
+        window_rows=replay.window_rows,
+        cached_bytes=replay.cached_bytes,
+        ahead_bytes=replay.ahead_bytes,
+        threads=replay.threads,
+    )
+    with ReplayStream(Source(cache, snapshot), config, one_row=not student.packs) as stream:
+        for _ in range(stream.steps_per_epoch):
+            yield stream.next_batch()
 
 
 def as_json(measured: dict[str, Measured]) -> dict[str, dict[str, float]]:

@@ -30,6 +30,9 @@ FREE = frozenset(
         "train.drift_every_steps",
         "train.replay.max_tokens",
         "train.replay.cached_bytes",
+        "train.replay.ahead_bytes",
+        "train.replay.threads",
+        "train.replay.share_prompts",
     }
 )
 """Settings that may change while a run goes on: they decide how it runs, not what it is."""

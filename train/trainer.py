@@ -8,7 +8,7 @@ micro-batches nor on the number of ranks.
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,27 @@ from transformers import get_scheduler
 
 from stillroom.cache.errors import ConfigError, MismatchError, NumericsError
 from stillroom.cache.fingerprint import ModelFiles
-from stillroom.cache.pins import pin, renew_pin
 from stillroom.cache.progress import Progress
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
 from stillroom.replay.batch import Batch, MicroBatch, idle_micro_batch
+from stillroom.replay.config import ReplayConfig
+from stillroom.replay.feed import Source
+from stillroom.replay.pinned import empty_for
+from stillroom.replay.policies import check_student
 from stillroom.replay.stream import ReplayStream
 from stillroom.train.checkpoint import (
     Progressed,
+    checkpoints_of,
     load_checkpoint,
     newest_checkpoint,
-    read_progress,
     save_checkpoint,
 )
 from stillroom.train.config import RUN_NAME, TrainConfig
 from stillroom.train.drift import DriftMeter, put_drift
 from stillroom.train.objectives import divergence, sampled_logprob, token_mean
 from stillroom.train.parallel import on_cpu
+from stillroom.train.run_snapshot import keep_snapshot
 from stillroom.train.student import load_student, to_target
 
 
@@ -84,7 +88,7 @@ class ReplayTrainer:
         if not RUN_NAME.fullmatch(run):
             do = "Choose another name."
             raise ConfigError("run", "letters, digits, dots, dashes and underscores", repr(run), do)
-        self._cache, self._config, self._run = cache, config, run
+        self._cache, self._config, self._run, self._output = cache, config, run, output
         set_seed(config.seed)
         self._accelerator = Accelerator(
             cpu=on_cpu(config.device),
@@ -93,14 +97,18 @@ class ReplayTrainer:
             project_dir=str(output / "tensorboard"),
         )
         self._check_ranks_agree(files, snapshot)
-        self._snapshot_id = snapshot.id
+        identity = cache.identity
+        check_student(
+            files, identity.tokenizer_fingerprint, identity.vocab_size, identity.teacher.name
+        )
         self.student = load_student(files, "float32", self._accelerator.device).train()
         self.stream = ReplayStream(
-            cache,
-            snapshot,
-            config.replay,
+            Source(cache, snapshot),
+            self._replay_config(),
             rank=self._accelerator.process_index,
             world=self._accelerator.num_processes,
+            one_row=not self.student.packs,
+            empty=empty_for(self._accelerator.device),
         )
         self.total_steps = max(1, math.ceil(config.epochs * self.stream.steps_per_epoch))
         self._optimizer = _optimizer(self.student, config)
@@ -129,8 +137,13 @@ class ReplayTrainer:
         with Progress(f"train {self._run}", self.total_steps, "steps") as progress:
             progress.advance(self.step)
             while self.step < self.total_steps:
-                self._take_step(self.stream.next_batch(), report)
+                followed = self.stream.snapshots
+                batch = self.stream.next_batch()
+                if self.is_main and self.stream.snapshots != followed:
+                    self._keep_snapshot()
+                self._take_step(batch, report)
                 progress.advance()
+        self.stream.close()
         report.train_s = time.perf_counter() - start
         report.steps = self.step
         # end_training() would take the process group down too, which is not ours to end.
@@ -145,6 +158,18 @@ class ReplayTrainer:
                 do = "Pin one snapshot, and give it to every rank."
                 where = f"{self._run}, rank {rank}"
                 raise MismatchError(where, f"student and snapshot {mine}", f"{theirs}", do)
+
+    def _replay_config(self) -> ReplayConfig:
+        """The settings of replay, with prompts shared where that is wanted and possible."""
+        student, config = self.student, self._config.replay
+        if not student.packs:
+            self._accelerator.print(f"  one row a micro-batch: {student.why_one_row}")
+        share = config.share_prompts
+        if share is None:
+            share = config.group_rows > 1 and self._accelerator.device.type == "cpu"
+        if share and not student.shares:
+            self._accelerator.print(f"  prompts are not shared: {student.why_unshared}")
+        return replace(config, share_prompts=share and student.shares)
 
     def _take_step(self, batch: Batch, report: TrainReport) -> None:
         loss = self._backward(batch)
@@ -214,7 +239,7 @@ class ReplayTrainer:
             report.drift = self._drift.take()
             if self.is_main:
                 put_drift(self._cache.storage, self._run, self.step, report.drift)
-                renew_pin(self._cache.storage, self._run, [self._snapshot_id])
+                self._keep_snapshot()
         self._accelerator.log(
             {**values, "learning_rate": self._schedule.get_last_lr()[0]}, step=self.step
         )
@@ -230,15 +255,18 @@ class ReplayTrainer:
                 step=self.step,
                 rows=report.rows,
                 positions=report.positions,
-                stream=self.stream.state(),
+                stream=self.stream.state_dict(),
                 drift=self._drift.state(),
             )
             keep = self._config.keep_checkpoints
             save_checkpoint(
                 self._checkpoints, progressed, self.student, self._optimizer, self._schedule, keep
             )
-            renew_pin(self._cache.storage, self._run, [self._snapshot_id])
+            self._keep_snapshot()
         self._accelerator.wait_for_everyone()
+
+    def _keep_snapshot(self) -> None:
+        keep_snapshot(self._cache.storage, self._output, self._run, *self.stream.snapshots)
 
     def _resume(self, report: TrainReport) -> None:
         folder = newest_checkpoint(self._checkpoints)
@@ -247,7 +275,7 @@ class ReplayTrainer:
             self.step = progressed.step
             report.rows, report.positions = progressed.rows, progressed.positions
             self._drift.restore(progressed.drift if self.is_main else {})
-            self.stream.restore(progressed.stream)
+            self.stream.load_state_dict(progressed.stream)
             self._accelerator.print(f"  resumed from {folder}")
 
 
@@ -263,27 +291,6 @@ def _behaviour(
     student = sampled_logprob(scaled, sampled, vocab_size=vocab_size)
     behaviour = np.where(unknown, np.float32(np.nan), micro.behaviour_logprob)
     return student.cpu().numpy(), behaviour, micro.policy_version
-
-
-def checkpoints_of(output: Path, run: str) -> Path:
-    """Folder of a run's checkpoints."""
-    return output / "checkpoints" / run
-
-
-def snapshot_for(cache: Cache, output: Path, run: str) -> Snapshot:
-    """What a run replays: the snapshot of its newest checkpoint, or all that is scored now.
-
-    It is pinned before it is opened, so that `gc` keeps its bytes from then on; the pin is renewed
-    while the run trains.
-
-    Raises:
-        MissingError: a part of the checkpoint's snapshot is gone.
-    """
-    folder = newest_checkpoint(checkpoints_of(output, run))
-    stored = None if folder is None else read_progress(folder).stream["snapshot"]
-    snapshot_id = cache.snapshot().id if stored is None else stored
-    pin(cache.storage, run, [snapshot_id])
-    return cache.open_snapshot(snapshot_id)
 
 
 def check_trainable(config: TrainConfig) -> None:

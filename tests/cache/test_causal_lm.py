@@ -65,6 +65,23 @@ def test_scales_and_caps_of_the_head_are_kept(
         load(tmp_path)
 
 
+@torch.no_grad()
+def test_a_cap_on_attention_scores_is_kept(tmp_path: Path) -> None:
+    """Fused attention, which transformers picks, leaves it out."""
+    torch.manual_seed(0)
+    settings = {"attn_logit_softcapping": 0.5, "head_dim": 8, "initializer_range": 1.0}
+    config = AutoConfig.for_model("gemma2", **SIZES, **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    written_out, fused = (
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)(ids).logits
+        for name in ("eager", "sdpa")
+    )
+    torch.testing.assert_close(load(tmp_path)(ids).logits, written_out)
+    assert not torch.allclose(fused, written_out, atol=1e-2)
+
+
 def test_a_model_is_loaded_ready_to_read(teacher_dir: Path) -> None:
     model = load(teacher_dir, "bfloat16")
     assert not model.training

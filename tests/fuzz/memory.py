@@ -5,10 +5,10 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from stillroom.cache.entry import Entry
 from stillroom.cache.errors import MissingError, StillroomError
 from stillroom.cache.ranges import too_large, wrong_size
 from stillroom.cache.storage import Storage
+from stillroom.cache.storage_entry import Entry
 from stillroom.cache.store import Cache
 from tests.tools.small_cache import fill, make_cache
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from stillroom.cache import jsonfile
 from stillroom.cache.add_rollouts import plan_parts
 from stillroom.cache.checked_rollouts import check_rollouts
-from stillroom.replay.stream import ReplayConfig, ReplayStream
+from stillroom.replay import ReplayConfig, ReplayStream, Source
 from stillroom.tools.layouts import LAYOUTS, Layout
 from stillroom.tools.rollout_files import read_batches
 from stillroom.train.stages import StageLog, StageRecord
@@ -106,12 +106,12 @@ def _parquet(table: pa.Table) -> bytes:
 def _stream() -> ReplayStream:
     own = small_cache("zarr")
     config = ReplayConfig(batch_rows=4, max_tokens=64, block_rows=2, window_rows=2)
-    return ReplayStream(own, own.snapshot([LIVE]), config)
+    return ReplayStream(Source(own, own.snapshot([LIVE])), config)
 
 
 def _read_state(data: bytes) -> None:
     stream = _stream()
-    stream.restore(jsonfile.load(data, "state"))
+    stream.load_state_dict(jsonfile.load(data, "state"))
     stream.next_batch()
 
 
@@ -134,6 +134,6 @@ KINDS: dict[str, tuple[Any, ...]] = {
         mutate_bytes,
     ),
     "rollouts parquet": (_tables, partial(_read_rollouts, "a.parquet"), mutate_footer),
-    "stream state": (lambda: [jsonfile.dump(_stream().state())], _read_state, mutate_json),
+    "stream state": (lambda: [jsonfile.dump(_stream().state_dict())], _read_state, mutate_json),
     "stage": (_stages, _read_stage, mutate_json),
 }

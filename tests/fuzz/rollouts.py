@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from stillroom.cache import jsonfile
-from stillroom.cache.check_rollouts import check_rows
+from stillroom.cache.check_rows import check_rows
 from stillroom.cache.parquet_seal import HASH_KEY, NO_HASH, seal
 from stillroom.cache.part import METADATA_KEY, decode_part
 from stillroom.cache.part_arrays import part_arrays

@@ -17,7 +17,7 @@ from stillroom.cache.errors import MismatchError, StillroomError, StorageError
 from stillroom.cache.score import score
 from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
-from stillroom.replay.stream import ReplayConfig, ReplayStream
+from stillroom.replay import ReplayConfig, ReplayStream, Source
 from stillroom.tools.cli import main
 from tests.cache.fakes import (
     FakeTeacher,
@@ -81,7 +81,7 @@ def test_a_cache_on_s3_holds_what_one_on_a_disk_holds(s3: S3, tmp_path: Path) ->
     config = ReplayConfig(batch_rows=4, max_tokens=64, seed=3)
     snapshots = [cache.open_snapshot(cache.snapshot().id) for cache in caches]
     streams = [
-        ReplayStream(cache, snapshot, config, rank=0, world=1)
+        ReplayStream(Source(cache, snapshot), config)
         for cache, snapshot in zip(caches, snapshots, strict=True)
     ]
     for left, right in itertools.islice(zip(*streams, strict=True), 7):

@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from stillroom.cache import jsonfile
 from stillroom.cache.identity import Identity, TeacherId
-from stillroom.cache.part import PartMeta, encode_part, part_name, prompt_id
+from stillroom.cache.part import PartMeta, encode_part, prompt_id
 from stillroom.cache.part_arrays import part_arrays
 from stillroom.cache.schema import PART_SCHEMA
 from stillroom.cache.shard_writer import ScoredBy
@@ -102,22 +102,47 @@ def add_scored_part(
 ) -> str:
     """Add a part and a shard of random scores for it; returns its name."""
     rng = np.random.default_rng([version, unit, rows])
-    meta = part_meta(version, unit, temperature)
-    table = made_up_table(rng, rows, version)
+    return score_table(
+        cache, made_up_table(rng, rows, version), part_meta(version, unit, temperature), rng
+    )
+
+
+def add_grouped_part(cache: Cache, version: int, unit: int, *, prompts: int, samples: int) -> str:
+    """Add a scored part of so many rollouts of each prompt, one after another; returns its name."""
+    rng = np.random.default_rng([version, unit, prompts, samples])
+    table = made_up_table(rng, prompts * samples, version)
+    first = [row - row % samples for row in range(table.num_rows)]
+    for name in ("prompt", "prompt_id", "group"):
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, table.schema.field(name), table[name].take(pa.array(first)))
+    return score_table(cache, table, part_meta(version, unit), rng)
+
+
+def score_table(
+    cache: Cache, table: pa.Table, meta: PartMeta, rng: np.random.Generator | None = None
+) -> str:
+    """Add rollouts as a part, and a shard of random scores for it; returns its name."""
+    rng = rng or np.random.default_rng(0)
     assert cache.add_part(table, meta)
     arrays = part_arrays(table)
-    positions = int(arrays["scored"].sum())
+    positions, topk = int(arrays["scored"].sum()), cache.identity.topk
     arrays |= {
-        "topk_id": rng.integers(0, VOCAB_SIZE, (positions, TOPK)).astype(np.uint32),
-        "topk_logprob": -rng.random((positions, TOPK)).astype(np.float16),
-        "topk_count": np.full(positions, TOPK, np.uint16),
+        "topk_id": rng.integers(0, VOCAB_SIZE, (positions, topk)).astype(np.uint32),
+        "topk_logprob": -rng.random((positions, topk)).astype(np.float16),
+        "topk_count": np.full(positions, topk, np.uint16),
         "tail_logprob": -rng.random(positions).astype(np.float16),
         "sampled_logprob": -rng.random(positions).astype(np.float32),
     }
+    if extra := cache.identity.extra:
+        arrays |= {
+            "extra_id": rng.integers(0, VOCAB_SIZE, (positions, extra)).astype(np.uint32),
+            "extra_logprob": -rng.random((positions, extra)).astype(np.float16),
+            "extra_behaviour_logprob": -rng.random((positions, extra)).astype(np.float32),
+        }
     rollouts_hash = jsonfile.digest(encode_part(table, meta))
     scored_by = ScoredBy(teacher_s=1.0, scorer={})
     assert cache.add_shard(meta, rollouts_hash, arrays, scored_by) is not None
-    return part_name(version, meta.unit)
+    return meta.name
 
 
 @pytest.fixture

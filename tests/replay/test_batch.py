@@ -1,10 +1,14 @@
 """Collating: which position scores which token, checked on rows written out by hand."""
 
 import dataclasses
+import inspect
+import re
 from typing import Any
 
 import numpy as np
+import pytest
 
+from stillroom.cache.errors import InputError, ShapeError
 from stillroom.replay.batch import MicroBatch, Row, collate, idle_micro_batch
 
 
@@ -16,6 +20,7 @@ def hand_row(number: int, prompt: list[int], completion: list[int], **changes: A
     arrays = {
         "token": np.array(prompt + completion, np.uint32),
         "scored": np.array([0] * len(prompt) + list(scored), np.uint16),
+        "prompt_length": np.array([len(prompt)], np.uint32),
         "topk_id": np.stack([target, np.full(len(target), 2**32 - 1)], 1).astype(np.uint32),
         "topk_logprob": np.stack([-value, np.full(len(target), -np.inf)], 1).astype(np.float16),
         "tail_logprob": (-value / 2).astype(np.float16),
@@ -25,7 +30,7 @@ def hand_row(number: int, prompt: list[int], completion: list[int], **changes: A
         "policy_version_max": np.array([number + 9], np.int32),
         "source": np.array([number % 5], np.uint16),
     }
-    return Row(number, arrays | changes, 1.0 + number)
+    return Row(number, arrays | changes, 1.0 + number, cache=number % 3)
 
 
 def test_one_row_scores_every_token_of_its_completion() -> None:
@@ -54,32 +59,38 @@ def test_rows_lie_end_to_end_and_predict_from_themselves() -> None:
     ]
     batch = collate(rows)
     assert batch.row_start.tolist() == [0, 5, 7, 12]
+    assert batch.prefix.tolist() == [-1, -1, -1]
     assert batch.position_id.tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4]
     assert batch.sampled_id.tolist() == [30, 31, 40, 50, 52]
     assert batch.predict_index.tolist() == [2, 3, 5, 8, 10]
     assert batch.row.tolist() == [4, 4, 2, 9, 9]
     assert batch.policy_version.tolist() == [9, 9, 7, 14, 14], "the oldest policy of the row"
     assert batch.source.tolist() == [4, 4, 2, 4, 4]
+    assert batch.cache.tolist() == [1, 1, 2, 0, 0]
     assert batch.sampling_temperature.tolist() == [5, 5, 3, 10, 10]
     assert np.array_equal(batch.sampled_logprob, -(100.0 * batch.row + batch.sampled_id))
     assert np.array_equal(batch.topk_id[:, 0], batch.sampled_id)
     assert np.array_equal(batch.topk_logprob[:, 0], batch.sampled_logprob)
     assert np.array_equal(batch.tail_logprob, batch.sampled_logprob / 2)
-    assert (batch.topk_id[:, 1] == 2**32 - 1).all()
+    assert (batch.topk_id[:, 1] == -1).all()
     assert np.isneginf(batch.topk_logprob[:, 1]).all()
     assert np.isnan(batch.behaviour_logprob).all()
 
 
-def test_dtypes_are_those_that_tensors_need() -> None:
+def test_arrays_have_the_dtypes_that_are_documented() -> None:
     batch = collate([hand_row(1, [1], [2, 3]), hand_row(2, [4], [5])])
-    assert batch.row_start.dtype == np.int32
-    for name in ("token", "position_id", "predict_index", "sampled_id", "topk_id"):
-        assert getattr(batch, name).dtype == np.int64, name
-    for name in ("policy_version", "source", "row"):
-        assert getattr(batch, name).dtype == np.int64, name
-    for name in ("topk_logprob", "tail_logprob", "sampled_logprob", "behaviour_logprob"):
-        assert getattr(batch, name).dtype == np.float32, name
-    assert batch.sampling_temperature.dtype == np.float32
+    text = inspect.getsource(MicroBatch)
+    for field in dataclasses.fields(MicroBatch):
+        array = getattr(batch, field.name)
+        found = re.search(rf'\n    {field.name}: np.ndarray\n    """\((.*?)\) (\w+)', text)
+        assert found is not None, field.name
+        axes = found[1].rstrip(",").split(", ")
+        assert (array.ndim, array.dtype.name) == (len(axes), found[2]), field.name
+
+
+def test_the_large_arrays_take_six_bytes_an_entry() -> None:
+    batch = collate([hand_row(1, [1], [2, 3])])
+    assert batch.topk_id.nbytes + batch.topk_logprob.nbytes == 6 * batch.topk_id.size
 
 
 def test_extra_ids_go_with_their_positions() -> None:
@@ -100,13 +111,118 @@ def test_extra_ids_go_with_their_positions() -> None:
     assert np.array_equal(batch.extra_logprob, -batch.extra_id)
     assert np.array_equal(batch.extra_behaviour_logprob, batch.extra_id / 2)
     types = [batch.extra_id.dtype, batch.extra_logprob.dtype, batch.extra_behaviour_logprob.dtype]
-    assert types == [np.int64, np.float32, np.float32]
+    assert types == [np.int32, np.float16, np.float32]
 
 
 def test_without_extra_ids_there_are_none() -> None:
     batch = collate([hand_row(1, [1], [2, 3])])
     assert batch.extra_id.shape == batch.extra_logprob.shape == (2, 0)
     assert batch.extra_behaviour_logprob.shape == (2, 0)
+
+
+def test_rows_of_caches_with_other_sizes_are_filled_up() -> None:
+    ids = np.array([[7, 8, 9], [1, 2, 2**32 - 1]], np.uint32)
+    wide = {"topk_id": ids, "topk_logprob": -np.arange(6).reshape(2, 3).astype(np.float16)}
+    extra = {
+        "extra_id": np.array([[3], [4]], np.uint32),
+        "extra_logprob": np.array([[-1], [-2]], np.float16),
+        "extra_behaviour_logprob": np.array([[-3], [np.nan]], np.float32),
+    }
+    batch = collate([hand_row(1, [1], [5]), hand_row(2, [1], [2, 3], **wide, **extra)])
+    assert batch.topk_id.tolist() == [[5, -1, -1], [7, 8, 9], [1, 2, -1]]
+    inf = -np.inf
+    assert batch.topk_logprob.tolist() == [[-105, inf, inf], [0, -1, -2], [-3, -4, -5]]
+    assert batch.extra_id.tolist() == [[-1], [3], [4]]
+    assert batch.extra_logprob.tolist() == [[inf], [-1], [-2]]
+    np.testing.assert_array_equal(batch.extra_behaviour_logprob, [[np.nan], [-3], [np.nan]])
+
+
+@pytest.mark.parametrize("token_id", [2**31, 2**32 - 2])
+def test_ids_that_do_not_fit_are_refused(token_id: int) -> None:
+    ids = np.array([[2**31 - 1, 2**32 - 1], [token_id, 3]], np.uint32)
+    row = hand_row(4, [1], [2, 3], topk_id=ids)
+    message = rf"row 4, topk_id: expected token ids below 2\*\*31; got {token_id}\."
+    with pytest.raises(InputError, match=message):
+        collate([row])
+    with pytest.raises(InputError, match=message):
+        collate([row, hand_row(1, [1], [2], topk_id=np.zeros((1, 3), np.uint32))])
+
+
+@pytest.mark.parametrize("name", ["topk_id", "tail_logprob", "behaviour_logprob"])
+def test_columns_of_other_lengths_are_refused(name: str) -> None:
+    row = hand_row(4, [1], [2, 3])
+    row.arrays[name] = row.arrays[name][:1]
+    with pytest.raises(ShapeError, match=f"row 4, {name}: expected 2 positions.*; got 1"):
+        collate([row])
+
+
+SHARED = [
+    hand_row(0, [7, 8, 9], [20, 21]),
+    hand_row(1, [7, 8, 9], [30], scored=[1]),
+    hand_row(2, [7, 8, 9], [40, 41, 42], scored=[0, 1, 1]),
+    hand_row(3, [7, 8, 9], [50]),
+    hand_row(4, [1, 2], [60, 61]),
+]
+
+
+def test_a_prompt_that_rows_share_is_laid_down_once() -> None:
+    batch = collate(SHARED, groups=[5, 5, 5, 6, 5])
+    assert batch.token.tolist() == [7, 8, 9, 20, 21, 30, 40, 41, 42, 7, 8, 9, 50, 1, 2, 60, 61]
+    assert batch.position_id.tolist() == [0, 1, 2, 3, 4, 3, 3, 4, 5, 0, 1, 2, 3, 0, 1, 2, 3]
+    assert batch.row_start.tolist() == [0, 3, 5, 6, 9, 13, 17]
+    assert batch.prefix.tolist() == [-1, 0, 0, 0, -1, -1]
+    assert batch.sampled_id.tolist() == [20, 21, 30, 41, 42, 50, 60, 61]
+    assert batch.predict_index.tolist() == [2, 3, 2, 6, 7, 11, 14, 15]
+
+
+def test_sharing_changes_nothing_else() -> None:
+    whole, shared = collate(SHARED), collate(SHARED, groups=[0, 0, 0, 0, 1])
+    for name in ("token", "position_id"):
+        at = {
+            n: getattr(batch, name)[batch.predict_index]
+            for n, batch in (("whole", whole), ("shared", shared))
+        }
+        assert at["whole"].tolist() == at["shared"].tolist(), name
+    layout = {"token", "position_id", "row_start", "prefix", "predict_index"}
+    for field in dataclasses.fields(MicroBatch):
+        if field.name not in layout:
+            one, other = getattr(whole, field.name), getattr(shared, field.name)
+            np.testing.assert_array_equal(one, other, err_msg=field.name)
+
+
+@pytest.mark.parametrize(
+    "prompt", [[7, 8, 1], [7, 8], [7, 8, 9, 20]], ids=["other", "shorter", "longer"]
+)
+def test_a_group_of_several_prompts_is_refused(prompt: list[int]) -> None:
+    rows = [SHARED[0], SHARED[1], hand_row(6, prompt, [20, 21])]
+    assert collate(rows, groups=[0, 0, 1]).prefix.tolist() == [-1, 0, 0, -1]
+    with pytest.raises(InputError, match=r"row 6: expected the prompt of row 0.*; got another"):
+        collate(rows, groups=[0, 0, 0])
+
+
+def test_rows_cut_within_their_prompt_share_what_is_left() -> None:
+    cut = hand_row(1, [7, 8, 9], [])
+    cut.arrays["token"], cut.arrays["scored"] = (cut.arrays[n][:2] for n in ("token", "scored"))
+    batch = collate([SHARED[0], cut], groups=[0, 0])
+    assert batch.token.tolist() == [7, 8, 9, 20, 21]
+    assert batch.row_start.tolist() == [0, 2, 5, 5]
+    assert batch.predict_index.tolist() == [2, 3]
+
+
+def test_results_are_written_into_what_is_given() -> None:
+    given: list[np.ndarray] = []
+
+    def poisoned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        array = np.empty(shape, dtype)
+        array.view(np.uint8)[...] = 0xA5
+        given.append(array)
+        return array
+
+    batch = collate(SHARED, groups=[0, 0, 0, 0, 1], empty=poisoned)
+    plain = collate(SHARED, groups=[0, 0, 0, 0, 1])
+    for array, field in zip(given, dataclasses.fields(MicroBatch), strict=True):
+        assert getattr(batch, field.name) is array
+        np.testing.assert_array_equal(array, getattr(plain, field.name), err_msg=field.name)
 
 
 def test_a_collated_batch_shares_no_memory_with_its_rows() -> None:
@@ -122,6 +238,7 @@ def test_an_idle_micro_batch_is_a_micro_batch_with_nothing_to_learn() -> None:
         one, other = getattr(idle, field.name), getattr(real, field.name)
         assert (one.dtype, one.ndim) == (other.dtype, other.ndim), field.name
     assert idle.row_start.tolist() == [0, 1]
+    assert idle.prefix.tolist() == [-1]
     assert idle.predict_index.tolist() == [0]
     for name in ("sampled_logprob", "tail_logprob", "behaviour_logprob"):
         assert np.isnan(getattr(idle, name)).all(), "a loss of it would not go unnoticed"

@@ -1,12 +1,14 @@
-"""Packing: a partition into bounded bins, and the same number of them on every rank."""
+"""Packing: a partition into bounded bins, the same number of them on every rank, and even ones."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillroom.replay.packing import num_micro_batches, pack
+from stillroom.replay.packing import balance, imbalance, num_micro_batches, pack
 
 MAX_TOKENS = 40
 lengths = st.lists(st.integers(1, MAX_TOKENS), max_size=40)
+limits = st.none() | st.integers(1, 5)
 
 
 @given(lengths)
@@ -26,6 +28,15 @@ def test_bins_are_few(lengths: list[int]) -> None:
     assert len(half_empty) <= 1
 
 
+@given(lengths, st.integers(1, 5))
+def test_items_of_a_bin_are_bounded(lengths: list[int], most: int) -> None:
+    bins = pack(lengths, MAX_TOKENS, most)
+    assert sorted(row for rows in bins for row in rows) == list(range(len(lengths)))
+    assert all(0 < len(rows) <= most for rows in bins)
+    if most == 1:
+        assert len(bins) == len(lengths)
+
+
 @given(lengths)
 def test_packing_depends_on_nothing_else(lengths: list[int]) -> None:
     assert pack(lengths, MAX_TOKENS) == pack(tuple(lengths), MAX_TOKENS)
@@ -37,9 +48,60 @@ def test_first_fit_decreasing_by_hand() -> None:
     assert pack([], 10) == []
 
 
-@given(st.lists(lengths, min_size=1, max_size=8))
-def test_every_rank_has_room_for_its_own(ranks: list[list[int]]) -> None:
-    count = num_micro_batches(ranks, MAX_TOKENS)
-    own = [len(pack(lengths, MAX_TOKENS)) for lengths in ranks]
+@given(st.lists(lengths, min_size=1, max_size=8), limits)
+def test_every_rank_has_room_for_its_own(ranks: list[list[int]], most: int | None) -> None:
+    count = num_micro_batches(ranks, MAX_TOKENS, most)
+    own = [len(pack(lengths, MAX_TOKENS, most)) for lengths in ranks]
     assert count == max(own)
-    assert count == num_micro_batches(ranks[::-1], MAX_TOKENS), "ranks know one another's rows"
+    assert count == num_micro_batches(ranks[::-1], MAX_TOKENS, most), "ranks know one another's"
+
+
+@given(st.lists(lengths, min_size=1, max_size=8), limits)
+def test_balanced_ranks_run_as_many_and_lose_nothing(
+    ranks: list[list[int]], most: int | None
+) -> None:
+    count = num_micro_batches(ranks, MAX_TOKENS, most)
+    for lengths in ranks:
+        bins = balance(lengths, count, MAX_TOKENS, most)
+        assert bins == balance(tuple(lengths), count, MAX_TOKENS, most)
+        assert sorted(row for rows in bins for row in rows) == list(range(len(lengths)))
+        assert all(rows == sorted(rows) and rows for rows in bins)
+        assert len(bins) <= count
+        assert all(sum(lengths[row] for row in rows) <= MAX_TOKENS for rows in bins)
+        assert all(most is None or len(rows) <= most for rows in bins)
+
+
+@given(lengths, st.integers(0, 10))
+def test_balance_fills_evenly_or_packs(lengths: list[int], more: int) -> None:
+    """Longest first: the fullest is within its last item of the mean, or the fallback was taken."""
+    fewest = pack(lengths, MAX_TOKENS)
+    count = len(fewest) + more
+    bins = balance(lengths, count, MAX_TOKENS)
+    if len(bins) == min(count, len(lengths)) and bins != fewest:
+        filled = [sum(lengths[row] for row in rows) for rows in bins]
+        for rows, tokens in zip(bins, filled, strict=True):
+            assert tokens - min(lengths[row] for row in rows) <= sum(filled) / len(filled)
+    else:
+        assert bins == fewest
+
+
+def test_balance_by_hand() -> None:
+    assert pack([6, 4, 3, 3, 2, 2], 10) == [[0, 1], [2, 3, 4, 5]]
+    assert pack([9, 1, 1, 1, 1, 1], 10) == [[0, 1], [2, 3, 4, 5]]
+    assert balance([9, 1, 1, 1, 1, 1], 2, 10) == [[0], [1, 2, 3, 4, 5]]
+    assert balance([5, 1, 1, 1, 1, 1], 4, 10) == [[0], [1, 4], [2, 5], [3]]
+    assert balance([2, 2, 2, 2], 2, 10, 2) == [[0, 2], [1, 3]]
+    assert balance([9, 2, 2, 2], 2, 10, 3) == [[0], [1, 2, 3]]
+    assert balance([3], 4, 10) == [[0]]
+    assert balance([], 4, 10) == []
+
+
+def test_balance_falls_back_where_the_longest_first_overflow() -> None:
+    lengths = [5, 5, 4, 3, 3]  # longest first: 5 + 4 and 5 + 3, and no room for 3
+    assert pack(lengths, 10) == [[0, 1], [2, 3, 4]]
+    assert balance(lengths, 2, 10) == [[0, 1], [2, 3, 4]]
+
+
+@pytest.mark.parametrize(("tokens", "ratio"), [([4, 4], 1), ([6, 2], 1.5), ([9, 0, 0], 3)])
+def test_imbalance_is_the_largest_by_the_mean(tokens: list[int], ratio: float) -> None:
+    assert imbalance(tokens) == ratio

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from stillroom.cache import jsonfile
 from stillroom.cache.errors import CorruptError, MissingError
 from stillroom.train.checkpoint import (
     Progressed,
     load_checkpoint,
     newest_checkpoint,
+    read_progress,
     save_checkpoint,
 )
+from stillroom.train.drift import DriftMeter
+from tests.fuzz.attempt import attempt
+from tests.fuzz.mutate import mutate_bytes, mutate_json
 
 Parts = tuple[torch.nn.Linear, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
 
@@ -21,7 +30,8 @@ Parts = tuple[torch.nn.Linear, torch.optim.Optimizer, torch.optim.lr_scheduler.L
 def progressed_at(step: int) -> Progressed:
     """Where a run stood."""
     drift = {"0": {"n": 3, "log_ratio": 0.5, "ratio": 3.5, "ratio_squared": 4.5}}
-    return Progressed(step=step, rows=10, positions=100, stream={"first": 3}, drift=drift)
+    stream = {"sources": [{"snapshot": "0" * 32, "first": 3}]}
+    return Progressed(step=step, rows=10, positions=100, stream=stream, drift=drift)
 
 
 def parts(seed: int) -> Parts:
@@ -94,3 +104,30 @@ def test_missing_folder(tmp_path: Path) -> None:
     """A path that is not there is said to be so."""
     with pytest.raises(MissingError, match="checkpoint"):
         load_checkpoint(tmp_path / "none", *parts(2))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose progress is to be changed."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    save(root, 1)
+    return root / "step-00000001"
+
+
+def resume(folder: Path) -> None:
+    """Read all that a run takes from its progress, but for the stream's own state."""
+    progressed = read_progress(folder)
+    assert type(progressed.step) is type(progressed.rows) is type(progressed.positions) is int
+    assert type(progressed.stream["sources"][0]["snapshot"]) is str
+    meter = DriftMeter(policy_version=3)
+    meter.restore(progressed.drift)
+    meter.take()
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(seed=st.integers(0, 2**32 - 1), plain=st.booleans())
+def test_any_progress_is_read_or_refused(folder: Path, seed: int, plain: bool) -> None:
+    path, rng = folder / "state.json", random.Random(seed)
+    sample = jsonfile.dump(asdict(progressed_at(1)))
+    path.write_bytes(mutate_bytes(rng, sample) if plain else mutate_json(rng, sample))
+    attempt(lambda: resume(folder))

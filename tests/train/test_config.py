@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stillroom.cache.errors import ConfigError, MissingError
 from stillroom.cache.teacher import ScoreSpec
+from stillroom.replay.row_filter import RowFilter
 from stillroom.train.config import RunConfig, TrainConfig, build_settings, load_yaml
 
 MINIMAL = """
@@ -92,3 +95,58 @@ def test_optional_takes_nothing_or_a_value() -> None:
     """None and a value both fit an optional setting."""
     assert build_settings(TrainConfig, {"param": None}, "x").param is None
     assert build_settings(TrainConfig, {"kind": "jsd", "param": 0.1}, "x").param == 0.1
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Settings with lists of settings."""
+
+    filters: tuple[RowFilter, ...] = ()
+    pair: tuple[int, str] = (0, "")
+    shares: dict[str, float] = field(default_factory=dict)
+
+
+def test_lists_and_mappings(tmp_path: Path) -> None:
+    """A YAML list becomes a tuple, and what is inside either is converted like any value."""
+    text = """
+max_lag: 3
+finish_reasons: [stop, length]
+exclude_rollouts: [18446744073709551615, 2]
+ranges: {x_reward: [2e-1, null], prompt_length: [1, 9]}
+"""
+    found = load_yaml(RowFilter, write(tmp_path, text))
+    assert found == RowFilter(
+        max_lag=3,
+        finish_reasons=("stop", "length"),
+        exclude_rollouts=(2**64 - 1, 2),
+        ranges={"x_reward": (0.2, None), "prompt_length": (1.0, 9.0)},
+    )
+    nested = load_yaml(Nested, write(tmp_path, "filters: [{max_lag: 1}, {}]\npair: [4, a]\n"))
+    assert nested == Nested((RowFilter(max_lag=1), RowFilter()), (4, "a"))
+    assert load_yaml(Nested, write(tmp_path, "shares: {a: 1}\n")).shares == {"a": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("cls", "text", "message"),
+    [
+        (RowFilter, "finish_reasons: stop\n", r"'finish_reasons'.*a list; got 'stop'.*\[a, b\]"),
+        (RowFilter, "sources: {student: 1}\n", "'sources'.*a list; got {"),
+        (RowFilter, "prompt_ids: [1, 2, 3.5]\n", r"'prompt_ids', item 2: expected int; got 3\.5"),
+        (RowFilter, "prompt_ids: [true]\n", "'prompt_ids', item 0.*int; got True"),
+        (RowFilter, "ranges: [x_a]\n", "'ranges'.*key: value; got"),
+        (RowFilter, "ranges: {x_a: 3}\n", "'ranges', key 'x_a'.*a list; got 3"),
+        (RowFilter, "ranges: {x_a: [1]}\n", r"'ranges', key 'x_a'.*a list of 2; got \[1\]"),
+        (RowFilter, "ranges: {x_a: [1, b]}\n", "key 'x_a', item 1.*float or nothing; got 'b'"),
+        (RowFilter, "ranges: {1: [1, 2]}\n", "'ranges', key 1.*str; got 1"),
+        (RowFilter, "ranges: {x_a: [2, 1]}\n", "rows.ranges, 'x_a'.*lowest, 2.0; got 1.0"),
+        (Nested, "filters: [{}, {max_lg: 1}]\n", "'filters', item 1, key 'max_lg'.*'max_lag'"),
+        (Nested, "filters: {max_lag: 1}\n", "'filters'.*a list"),
+        (Nested, "pair: [a, 4]\n", "'pair', item 0: expected int; got 'a'"),
+        (Nested, "shares: {a: []}\n", "'shares', key 'a'.*float"),
+    ],
+)
+def test_mistakes_in_lists_and_mappings(
+    tmp_path: Path, cls: type[Any], text: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_yaml(cls, write(tmp_path, text))

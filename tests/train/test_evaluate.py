@@ -12,7 +12,7 @@ import torch
 from stillroom.cache.causal_lm import load_causal_lm
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.store import Cache
-from stillroom.replay.stream import ReplayConfig
+from stillroom.replay.config import ReplayConfig
 from stillroom.train.evaluate import evaluate
 from stillroom.train.student import load_student
 

@@ -1,6 +1,8 @@
-"""The student: logits at scored positions, and no architecture that packing would change."""
+"""The student: logits at scored positions, and packing only where it changes nothing."""
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ from transformers import (
     GptOssConfig,
     MambaConfig,
     PreTrainedConfig,
+    Qwen3_5TextConfig,
+    Qwen3MoeConfig,
 )
 
-from stillroom.cache.errors import InputError
+from stillroom.cache.errors import InputError, ShapeError
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.replay.batch import MicroBatch, Row, collate, idle_micro_batch
 from stillroom.train.attention import NAME, row_attention
+from stillroom.train.segments import Segments
 from stillroom.train.student import Student, load_student, to_target
 from tests.conftest import VOCAB, save_llama, save_tokenizer
 
@@ -48,6 +53,7 @@ def make_row(rng: np.random.Generator, number: int, scored: list[int]) -> Row:
     arrays: dict[str, np.ndarray] = {
         "token": rng.integers(0, VOCAB, 2 + len(scored)).astype(np.uint32),
         "scored": np.array([0, 0, *scored], np.uint16),
+        "prompt_length": np.array([2], np.uint32),
         "topk_id": rng.integers(0, VOCAB, (count, TOPK)).astype(np.uint32),
         "topk_logprob": -rng.random((count, TOPK)).astype(np.float16),
         "tail_logprob": -rng.random(count).astype(np.float16),
@@ -78,9 +84,9 @@ def open_student(folder: Path, dtype: str = "float32") -> Student:
     return load_student(inspect_model(str(folder)), dtype, CPU)
 
 
-def full_logits(folder: Path, rows: list[Row]) -> torch.Tensor:
+def full_logits(folder: Path, rows: list[Row], attention: str | None = None) -> torch.Tensor:
     """(P, V): of each row by itself, by plain transformers, one token before each scored one."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
     picked = []
     for row in rows:
         token = torch.from_numpy(row.arrays["token"].astype(np.int64))
@@ -185,22 +191,64 @@ def with_another_scale(*args: Any, scaling: float, **kwargs: Any) -> tuple[torch
     return row_attention(*args, scaling=3 * scaling, **kwargs)
 
 
+def without_prefixes(*args: Any, segments: Segments, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """Leaves shared prompts out."""
+    spans = tuple(span._replace(prefix_stop=span.prefix_start) for span in segments.spans)
+    return row_attention(*args, segments=Segments(spans, segments.edge), **kwargs)
+
+
 @pytest.mark.parametrize(
-    ("attention", "message"),
+    ("attention", "why"),
     [
-        (ignoring_boundaries, "cannot see one another; got LlamaForCausalLM, where they can"),
-        (with_another_scale, "what they are alone; got LlamaForCausalLM, where they differ"),
+        (ignoring_boundaries, "packed rows of LlamaForCausalLM see one another"),
+        (with_another_scale, r"packed rows of LlamaForCausalLM differ by \d\.\d+ from"),
     ],
 )
-def test_attention_that_changes_rows_is_refused(
+@torch.no_grad()
+def test_a_model_that_packing_would_change_takes_one_row_at_a_time(
     student_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     attention: Callable[..., Any],
-    message: str,
+    why: str,
+    rows: list[Row],
+    batch: MicroBatch,
 ) -> None:
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, attention)
-    with pytest.raises(InputError, match=message):
-        open_student(student_dir)
+    student = open_student(student_dir)
+    assert not student.packs
+    assert not student.shares
+    assert re.match(why, student.why_one_row)
+    logits = torch.cat([student(collate([row])) for row in rows])
+    torch.testing.assert_close(logits, full_logits(student_dir, rows), rtol=0, atol=1e-5)
+    with pytest.raises(ShapeError, match=f"one row; got 3 segments. Open a one_row .*{why}"):
+        student(batch)
+
+
+@torch.no_grad()
+def test_a_model_that_cannot_share_prompts_still_packs(
+    student_dir: Path, monkeypatch: pytest.MonkeyPatch, rows: list[Row], batch: MicroBatch
+) -> None:
+    monkeypatch.setitem(AttentionInterface._global_mapping, NAME, without_prefixes)
+    student = open_student(student_dir)
+    assert student.packs
+    assert not student.shares
+    assert student.why_unshared.startswith("rows with a shared prompt of LlamaForCausalLM differ")
+    torch.testing.assert_close(student(batch), full_logits(student_dir, rows), rtol=0, atol=1e-5)
+    with pytest.raises(ShapeError, match="expected whole rows; got a shared prompt"):
+        student(replace(batch, prefix=np.array([-1, 0, -1], np.int32)))
+
+
+@torch.no_grad()
+def test_rows_with_a_shared_prompt_give_the_logits_of_whole_rows(
+    student_dir: Path, rows: list[Row]
+) -> None:
+    for row in rows[1:]:
+        row.arrays["token"][:2] = rows[0].arrays["token"][:2]
+    student = open_student(student_dir)
+    assert student.shares
+    batch = collate(rows, groups=[0, 0, 1])
+    assert len(batch.token) == sum(len(row.arrays["token"]) for row in rows) - 2
+    torch.testing.assert_close(student(batch), full_logits(student_dir, rows), rtol=0, atol=1e-5)
 
 
 def save_model(folder: Path, config: PreTrainedConfig) -> Path:
@@ -215,31 +263,54 @@ def save_model(folder: Path, config: PreTrainedConfig) -> Path:
     return folder
 
 
+LINEAR: dict[str, Any] = {f"linear_{part}": 2 for part in ("num_key_heads", "num_value_heads")}
+LINEAR |= {f"linear_{part}_head_dim": 8 for part in ("key", "value")}
+
+
 @pytest.mark.parametrize(
-    ("config", "error", "message"),
+    "config",
     [
-        (
-            MambaConfig(
-                vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, eos_token_id=1, state_size=4
-            ),
-            InputError,
-            "MambaForCausalLM, where they can",
+        MambaConfig(
+            vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, eos_token_id=1, state_size=4
         ),
-        (
-            GptOssConfig(**SIZES, num_local_experts=4, rope_parameters={"rope_type": "default"}),
-            InputError,
-            "GptOssForCausalLM, where they differ",
-        ),
-        (Gemma2Config(**SIZES), InputError, "soft-cap"),
+        Qwen3_5TextConfig(**SIZES, **LINEAR, layer_types=["linear_attention", "full_attention"]),
     ],
-    ids=["running state", "attention sinks", "soft-capped scores"],
+    ids=["Mamba", "Qwen3_5"],
 )
-def test_architectures_that_packing_would_change_are_refused(
-    tmp_path: Path, config: PreTrainedConfig, error: type[Exception], message: str
+@torch.no_grad()
+def test_an_architecture_with_a_state_takes_one_row_at_a_time(
+    tmp_path: Path, config: PreTrainedConfig, rows: list[Row], batch: MicroBatch
 ) -> None:
     folder = save_model(tmp_path / "model", config)
-    with pytest.raises(error, match=message):
-        open_student(folder)
+    student = open_student(folder)
+    assert re.fullmatch(r"packed rows of \w+ForCausalLM see one another", student.why_one_row)
+    logits = torch.cat([student(collate([row])) for row in rows])
+    torch.testing.assert_close(logits, full_logits(folder, rows), rtol=0, atol=1e-4)
+    assert student(idle_micro_batch()).shape == (1, VOCAB)
+    with pytest.raises(ShapeError, match="Open a one_row stream"):
+        student(batch)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GptOssConfig(**SIZES, num_local_experts=4, rope_parameters={"rope_type": "default"}),
+        Gemma2Config(**SIZES, attn_logit_softcapping=1.0),
+        Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    ],
+    ids=["attention sinks", "soft-capped scores", "experts"],
+)
+@torch.no_grad()
+def test_an_architecture_of_attention_alone_packs(
+    tmp_path: Path, config: PreTrainedConfig, rows: list[Row], batch: MicroBatch
+) -> None:
+    folder = save_model(tmp_path / "model", config)
+    student = open_student(folder)
+    assert student.packs
+    assert student.shares
+    attention = "sdpa" if isinstance(config, Qwen3MoeConfig) else "eager"
+    expected = full_logits(folder, rows, attention)
+    torch.testing.assert_close(student(batch), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("lost", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight"])

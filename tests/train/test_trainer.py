@@ -13,16 +13,16 @@ import torch
 
 from stillroom.cache.errors import ConfigError, NumericsError
 from stillroom.cache.fingerprint import inspect_model
-from stillroom.cache.pins import active_pins, unpin
+from stillroom.cache.pins import active_pins
 from stillroom.cache.store import Cache
-from stillroom.replay.stream import ReplayConfig
+from stillroom.replay.config import ReplayConfig
 from stillroom.train.config import TrainConfig
+from stillroom.train.run_snapshot import pin_name, release_snapshot, snapshot_for
 from stillroom.train.trainer import (
     ReplayTrainer,
     TrainReport,
     _behaviour,
     check_trainable,
-    snapshot_for,
 )
 
 REPLAY = ReplayConfig(batch_rows=6, max_tokens=64, block_rows=2, window_rows=4)
@@ -70,7 +70,7 @@ def test_split_into_micro_batches_does_not_matter(
         config = replace(CONFIG, kind=kind, param=param, replay=replay)
         made = trainer(cache, student_dir, tmp_path, config)
         found.append((gradient(made, 2), made))
-    sizes = [len(made.stream._batch(0, 0).micro_batches) for _, made in found]
+    sizes = [len(made.stream.next_batch().micro_batches) for _, made in found]
     assert sizes[0] == 1
     assert sizes[2] > sizes[1] > 1
     (losses, grad), _ = found[0]
@@ -201,11 +201,13 @@ def test_a_run_pins_what_it_trains_on(
     """Before it opens it, and again at every checkpoint and drift record."""
     cache = make_cache(tmp_path / "root")
     chosen = snapshot_for(cache, tmp_path, "r").id
-    assert active_pins(cache.storage)["r"].snapshots == [chosen]
+    name = pin_name(tmp_path, "r")
+    assert active_pins(cache.storage)[name].snapshots == [chosen]
     made = trainer(cache, student_dir, tmp_path, replace(CONFIG, **changes))
-    unpin(cache.storage, "r")
+    release_snapshot(cache.storage, tmp_path, "r")
+    assert active_pins(cache.storage) == {}
     made._take_step(made.stream.next_batch(), TrainReport())
-    assert active_pins(cache.storage)["r"].snapshots == [chosen]
+    assert active_pins(cache.storage)[name].snapshots == [chosen]
 
 
 def test_a_stopped_run_goes_on_with_its_snapshot(

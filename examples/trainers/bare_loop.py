@@ -1,0 +1,107 @@
+"""A PyTorch loop of your own that replays a cache: stored scores in, a trained student out.
+
+    python examples/trainers/bare_loop.py STUDENT CACHE OUTPUT [--steps 100]
+
+Every few steps it writes OUTPUT/checkpoint.pt: the student, the optimiser, and where the stream
+stands. Started again, it goes on from there, with the same losses as if it had never stopped.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillroom.cache.causal_lm import pick_device
+from stillroom.cache.fingerprint import inspect_model
+from stillroom.cache.identity import Identity
+from stillroom.cache.pins import pin, renew_pin
+from stillroom.cache.store import Cache
+from stillroom.replay.config import ReplayConfig
+from stillroom.replay.dataset import ReplayDataset, StoredSource
+from stillroom.replay.policies import check_student
+from stillroom.replay.tensors import Step, from_tensors
+from stillroom.train.objectives import divergence, token_mean
+from stillroom.train.student import Student, load_student, to_target
+
+REPLAY = ReplayConfig(batch_rows=8, max_tokens=4096)
+
+
+def train(
+    student: str, cache: str, output: Path, steps: int, save_every: int, learning_rate: float
+) -> Iterator[float]:
+    """Yields the loss of each step, nats a scored token."""
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint = output / "checkpoint.pt"
+    saved = torch.load(checkpoint) if checkpoint.exists() else None
+    opened, files = Cache.open(cache), inspect_model(student)
+    identity = opened.identity
+    check_student(files, identity.tokenizer_fingerprint, identity.vocab_size, cache)
+    snapshot = saved["snapshot"] if saved else opened.snapshot().id
+    pin(opened.storage, output.name, [snapshot])
+
+    model = load_student(files, "float32", pick_device("auto")).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    source = StoredSource(root=cache, snapshot=snapshot)
+    dataset = ReplayDataset(source, REPLAY, num_steps=steps, one_row=not model.packs)
+    if saved:
+        model.load_state_dict(saved["student"])
+        optimizer.load_state_dict(saved["optimizer"])
+        dataset.load_state_dict(saved["dataset"])
+
+    for step in dataset:
+        loss = backward(model, step, identity)
+        optimizer.step()
+        optimizer.zero_grad()
+        state = dataset.state_dict()
+        if state["step"] % save_every == 0 or state["step"] == steps:
+            parts = {"student": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save(checkpoint, {**parts, "dataset": state, "snapshot": snapshot})
+            renew_pin(opened.storage, output.name, [snapshot])
+        yield loss
+    model.model.save_pretrained(output / "student")
+
+
+def backward(student: Student, step: Step, identity: Identity) -> float:
+    """Add up the gradient of a step's mean loss over its micro-batches; returns that loss."""
+    total = 0.0
+    for tensors in step["micro_batches"]:
+        assert tensors is not None, "only where several ranks share a step"
+        batch = from_tensors(tensors)
+        logits = student(batch)
+        target = to_target(batch, logits.device)
+        losses = divergence(
+            logits,
+            target,
+            "forward",
+            temperature=identity.temperature,
+            vocab_size=identity.vocab_size,
+        )
+        loss = token_mean(losses, target.mask, step["num_positions"])
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.item()
+    return total
+
+
+def save(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Put a file in place at once: whoever dies, a whole checkpoint is there."""
+    half = path.with_suffix(".tmp")
+    with half.open("wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    half.replace(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("student", help="folder of a Hugging Face model")
+    parser.add_argument("cache", help="folder or address of a cache")
+    parser.add_argument("output", type=Path, help="folder for the checkpoint and the student")
+    parser.add_argument("--steps", type=int, default=100, help="steps of the whole run")
+    parser.add_argument("--save-every", type=int, default=10, help="steps between checkpoints")
+    parser.add_argument("--learning-rate", type=float, default=1e-5, help="of AdamW")
+    for loss in train(**vars(parser.parse_args())):
+        print(f"{loss:.6f} nats", flush=True)

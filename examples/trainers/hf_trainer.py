@@ -1,0 +1,119 @@
+"""transformers' Trainer on a cache: its loop, checkpoints and logs, with replayed steps as data.
+
+    python examples/trainers/hf_trainer.py STUDENT CACHE OUTPUT [--steps 100] [--workers 2]
+
+Started again, it goes on from the newest checkpoint in OUTPUT.
+"""
+
+import argparse
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from stillroom.cache.fingerprint import inspect_model
+from stillroom.cache.identity import Identity
+from stillroom.cache.pins import pin
+from stillroom.cache.store import Cache
+from stillroom.replay.batch import idle_micro_batch
+from stillroom.replay.config import ReplayConfig
+from stillroom.replay.dataset import ReplayDataset, StoredSource
+from stillroom.replay.policies import check_student
+from stillroom.replay.tensors import MicroTensors, Step, from_tensors
+from stillroom.train.objectives import divergence, token_mean
+from stillroom.train.student import Student, load_student, to_target
+
+REPLAY = ReplayConfig(batch_rows=8, max_tokens=4096)
+
+
+class ReplayTrainer(Trainer):
+    """Trainer whose inputs are whole steps of packed micro-batches."""
+
+    def __init__(self, student: Student, identity: Identity, **settings: Any) -> None:
+        """Train the student's model; micro-batches go through its forward, wrapped or not."""
+        student.model.forward = student.forward
+        super().__init__(student.model, **settings)
+        self._teacher = identity
+
+    def get_train_dataloader(self) -> DataLoader[Step]:
+        """A plain loader: the stream itself gives each rank its share."""
+        workers = self.args.dataloader_num_workers
+        settings: dict[str, Any] = {"multiprocessing_context": "spawn"} if workers else {}
+        settings |= {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+        return DataLoader(cast(ReplayDataset, self.train_dataset), batch_size=None, **settings)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Step], num_batches: int, device: torch.device
+    ) -> tuple[list[Step], int]:
+        """Steps that are accumulated, and the scored tokens of all of them on all ranks."""
+        steps = list(islice(epoch_iterator, num_batches))
+        return steps, sum(step["num_positions"] for step in steps)
+
+    def training_step(self, model: Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Backward of one micro-batch after the other; returns this step's part of the loss."""
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        for tensors in inputs["micro_batches"]:
+            loss = self.compute_loss(model, tensors, num_items_in_batch=num_items_in_batch)
+            loss = (
+                loss * self.accelerator.num_processes
+            )  # gradients and logs are averaged over them
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def compute_loss(
+        self, model: Module, inputs: MicroTensors | None, *_: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """A micro-batch's part of the mean loss, nats; 0 for one that only keeps step."""
+        if inputs is None:
+            return cast(Tensor, model(idle_micro_batch()).sum() * 0.0)
+        batch = from_tensors(inputs)
+        logits = model(batch)
+        target = to_target(batch, logits.device)
+        temperature, vocab_size = self._teacher.temperature, self._teacher.vocab_size
+        losses = divergence(logits, target, temperature=temperature, vocab_size=vocab_size)
+        return token_mean(losses, target.mask, num_items_in_batch)
+
+
+def main(student: str, cache: str, output: Path, **settings: Any) -> None:
+    """Train from the newest checkpoint on; settings are those of TrainingArguments."""
+    opened, files = Cache.open(cache), inspect_model(student)
+    identity = opened.identity
+    check_student(files, identity.tokenizer_fingerprint, identity.vocab_size, cache)
+    args = TrainingArguments(str(output), ignore_data_skip=True, report_to="none", **settings)
+    output.mkdir(parents=True, exist_ok=True)
+    chosen = output / "snapshot.txt"
+    if not chosen.exists():
+        chosen.write_text(opened.snapshot().id)
+    source = StoredSource(root=cache, snapshot=chosen.read_text())
+    pin(opened.storage, output.name, [source.snapshot])
+    loaded = load_student(files, "float32", args.device)
+    rank, world = args.process_index, args.world_size
+    dataset = ReplayDataset(source, REPLAY, rank=rank, world=world, one_row=not loaded.packs)
+    checkpoint = get_last_checkpoint(str(output))
+    if checkpoint:
+        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        dataset.skip(state.global_step * args.gradient_accumulation_steps)
+    trainer = ReplayTrainer(loaded, identity, args=args, train_dataset=dataset)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(output / "student"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("student", help="folder of a Hugging Face model")
+    parser.add_argument("cache", help="folder or address of a cache")
+    parser.add_argument("output", type=Path, help="folder for checkpoints and the student")
+    parser.add_argument("--steps", dest="max_steps", type=int, default=100)
+    parser.add_argument("--workers", dest="dataloader_num_workers", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--use-cpu", action="store_true", help="needed by ranks without GPUs")
+    main(**vars(parser.parse_args()), logging_steps=1)

@@ -1,0 +1,122 @@
+"""One cache's part of a stream: its snapshot, which of its rows are replayed, and their order in
+every epoch."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from stillroom.cache.snapshot import Snapshot
+from stillroom.cache.store import Cache
+from stillroom.replay.config import ReplayConfig
+from stillroom.replay.place import Span
+from stillroom.replay.plan import Plan
+from stillroom.replay.reader import RowReader
+from stillroom.replay.row_filter import RowFilter
+from stillroom.replay.selection import select
+from stillroom.replay.staleness import kept_rows
+
+Unit = tuple[int, ...]
+"""Rows that stay together, as indices into a feed's selection."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A cache that feeds a stream."""
+
+    cache: Cache
+    snapshot: Snapshot
+    """Which shards."""
+    weight: float = 1.0
+    """Its share of the rows, beside other caches; > 0."""
+    rows: RowFilter | None = None
+    """Which rows; None for those of the stream's settings."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredSource:
+    """Where a cache is that feeds a stream, before it is opened; see `Source`."""
+
+    root: str
+    """Folder or address of the cache."""
+    snapshot: str
+    """Id of a stored snapshot. Pin it for as long as it is replayed."""
+    weight: float = 1.0
+    """Its share of the rows, beside other caches; > 0."""
+    rows: RowFilter | None = None
+    """Which rows; None for those of the stream's settings."""
+
+    def open(self) -> Source:
+        """Open the cache and the snapshot.
+
+        Raises:
+            MissingError: the cache, or a part of the snapshot, is gone.
+        """
+        cache = Cache.open(self.root)
+        return Source(cache, cache.open_snapshot(self.snapshot), self.weight, self.rows)
+
+
+class Feed:
+    """A source, opened.
+
+    Args:
+        source: the cache.
+        number: its place among the stream's sources; seeds its order too.
+        config: the stream's settings.
+
+    Raises:
+        InputError: no row is left, or one is too long.
+    """
+
+    def __init__(self, source: Source, number: int, config: ReplayConfig) -> None:
+        """Choose rows; none is read yet."""
+        self.source, self.number, self._config = source, number, config
+        self.filter = config.rows if source.rows is None else source.rows
+        self.selection = select(
+            source.cache,
+            source.snapshot,
+            self.filter,
+            max_tokens=config.max_tokens,
+            over_long=config.over_long,
+            group_rows=config.group_rows,
+            with_policy=config.lag_half_life is not None,
+        )
+        self.selection_digest = self.selection.digest
+        self.reader = RowReader(
+            source.cache, source.snapshot, config.block_rows, number, config.max_tokens
+        )
+        self._epoch = lru_cache(2)(self._make_epoch)
+
+    @property
+    def units(self) -> int:
+        """Units in all."""
+        return len(self.selection.unit_start) - 1
+
+    def units_in(self, epoch: int) -> int:
+        """Units of an epoch, those left out for their lag not counted; >= 1."""
+        return len(self._epoch(epoch)[1])
+
+    def units_of(self, span: Span) -> list[tuple[int, Unit]]:
+        """Units that a step takes, each after its place in the epoch."""
+        plan, kept = self._epoch(span.epoch)
+        start = self.selection.unit_start
+        found = []
+        for g, unit in enumerate(plan.rows_of(span.epoch, span.start, span.stop), span.start):
+            at = int(kept[unit])
+            found.append((g, tuple(range(int(start[at]), int(start[at + 1])))))
+        return found
+
+    def with_snapshot(self, snapshot: Snapshot) -> "Feed":
+        """The same source at another snapshot."""
+        return Feed(replace(self.source, snapshot=snapshot), self.number, self._config)
+
+    def _make_epoch(self, epoch: int) -> tuple[Plan, np.ndarray]:
+        selection, config = self.selection, self._config
+        seed = config.seed + self.number
+        kept = np.arange(self.units)
+        if config.lag_half_life is not None:
+            key = selection.rows[selection.unit_start[:-1]]
+            kept = kept_rows(selection.unit_policy, seed, epoch, config.lag_half_life, key)
+        size = config.group_rows
+        block, window = max(1, config.block_rows // size), max(1, config.window_rows // size)
+        return Plan(len(kept), seed, block, window), kept

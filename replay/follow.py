@@ -1,0 +1,64 @@
+"""Following a cache that grows: all ranks take up the same newer snapshot at the same step."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from stillroom.cache.errors import ConfigError
+from stillroom.cache.store import Cache
+
+T = TypeVar("T")
+Agree = Callable[[Callable[[], Any]], Any]
+"""Calls a function on one rank, and returns its result on all; what it raises is raised on all."""
+
+
+def newest_snapshots(caches: list[Cache]) -> list[str]:
+    """Ids of snapshots of all that is scored and not retired now."""
+    return [cache.snapshot().id for cache in caches]
+
+
+def agree_alone(choose: Callable[[], T]) -> T:
+    """For one process."""
+    return choose()
+
+
+def agree_by_torch(choose: Callable[[], T]) -> T:
+    """Rank 0 of torch.distributed's default group chooses; a collective operation, which every rank
+    must call."""
+    import torch.distributed as dist
+
+    chosen: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            chosen[0] = choose()
+        except Exception as error:
+            chosen[1] = error
+    dist.broadcast_object_list(chosen)
+    if chosen[1] is not None:
+        raise chosen[1]
+    return chosen[0]  # type: ignore[no-any-return]
+
+
+def agree_among(world: int) -> Agree:
+    """How so many ranks agree.
+
+    Raises:
+        ConfigError: there are several, and no process group that joins them.
+    """
+    if world == 1:
+        return agree_alone
+    size = _group_size()
+    if size == world:
+        return agree_by_torch
+    do = "Initialise torch.distributed first, pass agree=, or set replay.follow_every_steps to 0."
+    raise ConfigError(
+        "replay.follow_every_steps", f"a process group of {world} ranks", f"{size}", do
+    )
+
+
+def _group_size() -> int:
+    """Ranks of torch.distributed's default group; 0 without one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available():
+        return 0
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 0

@@ -1,0 +1,367 @@
+"""Following a growing cache: newer commits are taken up at the next boundary, and not before."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillroom.cache.commits import attempt_path, commit_path
+from stillroom.cache.errors import (
+    ConfigError,
+    CorruptError,
+    InputError,
+    MismatchError,
+    MissingError,
+)
+from stillroom.cache.store import Cache
+from stillroom.cache.zarr_layout import OBJECT_NAME
+from stillroom.replay.config import ReplayConfig
+from stillroom.replay.feed import Source
+from stillroom.replay.follow import agree_alone, agree_among, newest_snapshots
+from stillroom.replay.stream import ReplayStream
+from stillroom.replay.testing_record import Record, record
+from tests.replay.conftest import add_scored_part
+
+CONFIG = ReplayConfig(batch_rows=4, max_tokens=40, block_rows=4, window_rows=5, seed=3)
+EVERY = 3
+
+
+@pytest.fixture
+def cache(empty_cache: Cache) -> Cache:
+    """Two parts of 6 and 7 rows."""
+    add_scored_part(empty_cache, 0, 0, 6)
+    add_scored_part(empty_cache, 0, 1, 7)
+    return empty_cache
+
+
+@pytest.fixture
+def follow(cache: Cache) -> Iterator[Callable[..., ReplayStream]]:
+    """Opens streams that follow the cache."""
+    opened: list[ReplayStream] = []
+
+    def make(**changes: Any) -> ReplayStream:
+        config = replace(CONFIG, **{"follow_every_steps": EVERY, **changes})
+        opened.append(ReplayStream(Source(cache, cache.snapshot()), config))
+        return opened[-1]
+
+    yield make
+    for stream in opened:
+        stream.close()
+
+
+Follow = Callable[..., ReplayStream]
+
+
+def take(stream: ReplayStream, count: int) -> list[Record]:
+    """The next batches."""
+    return [record(stream.next_batch()) for _ in range(count)]
+
+
+def plain(cache: Cache, snapshot: str, **changes: Any) -> ReplayStream:
+    """A stream that stays with a snapshot."""
+    return ReplayStream(Source(cache, cache.open_snapshot(snapshot)), replace(CONFIG, **changes))
+
+
+def history(stream: ReplayStream) -> list[list[Any]]:
+    """Of the only source."""
+    found: list[list[Any]] = stream.state_dict()["sources"][0]["history"]
+    return found
+
+
+@pytest.mark.parametrize("grown_at", [1, 2, 3])
+def test_newer_commits_come_at_the_next_boundary_and_not_before(
+    cache: Cache, follow: Follow, grown_at: int
+) -> None:
+    stream = follow()
+    (old,) = stream.snapshots
+    found = take(stream, grown_at)
+    add_scored_part(cache, 1, 2, 5)
+    found += take(stream, EVERY - grown_at)
+    assert found == take(plain(cache, old), EVERY)
+    assert stream.snapshots == [old]
+    newer = take(stream, 4)
+    new = cache.snapshot().id
+    assert stream.snapshots == [new] != [old]
+    assert history(stream) == [[0, old], [EVERY, new]]
+    assert newer[0].first == 0
+    assert newer[0].epoch == 1, "a newer snapshot begins an epoch"
+    later = plain(cache, new)
+    state = later.state_dict()
+    state["sources"][0]["epoch"] = 1
+    later.load_state_dict(state)
+    assert newer == take(later, 4)
+
+
+def test_an_unchanged_cache_changes_nothing(cache: Cache, follow: Follow) -> None:
+    stream = follow(follow_every_steps=1)
+    (only,) = stream.snapshots
+    assert take(stream, 9) == take(plain(cache, only), 9)
+    assert history(stream) == [[0, only]]
+
+
+def test_retired_parts_leave_at_the_boundary_and_not_before(cache: Cache, follow: Follow) -> None:
+    stream = follow()
+    cache.retire(cache.parts()[0], "old")
+    before = [row for batch in take(stream, EVERY) for row in batch.rows]
+    assert len(set(before)) == 12, "all but one of 13 rows of both parts"
+    after = take(stream, 2)
+    assert sorted(row for batch in after for row in batch.rows) == list(range(7))
+
+
+def test_an_epoch_s_end_is_a_boundary(cache: Cache, follow: Follow) -> None:
+    stream = follow(follow_every_steps=-1)
+    (old,) = stream.snapshots
+    steps = stream.steps_per_epoch
+    found = take(stream, 1)
+    add_scored_part(cache, 1, 2, 5)
+    found += take(stream, steps - 1)
+    assert found == take(plain(cache, old), steps)
+    first, *others = take(stream, stream.steps_per_epoch)
+    assert (first.epoch, first.first) == (1, 0)
+    assert stream.snapshots == [cache.snapshot().id]
+    assert sorted(row for batch in (first, *others) for row in batch.rows) == list(range(18))
+
+
+def test_a_carried_epoch_s_end_is_one_too(cache: Cache, follow: Follow) -> None:
+    stream = follow(follow_every_steps=-1, last_batch="carry")
+    (old,) = stream.snapshots
+    add_scored_part(cache, 1, 2, 5)
+    found = take(stream, 4)
+    assert found == take(plain(cache, old, last_batch="carry"), 4)
+    assert stream.snapshots == [old], "the fourth step is filled up from the next epoch"
+    (first,) = take(stream, 1)
+    assert (first.epoch, first.first) == (2, 0)
+    assert history(stream) == [[0, old], [4, cache.snapshot().id]]
+    again = take(stream, 4)
+    assert len({row for batch in (first, *again) for row in batch.rows}) == 18
+    assert len(history(stream)) == 2
+
+
+def test_a_state_from_before_is_followed_by_the_same_batches(cache: Cache, follow: Follow) -> None:
+    stream = follow()
+    states, found = [], []
+    for step in range(3 * EVERY):
+        if step == 1:
+            add_scored_part(cache, 1, 2, 5)
+        states.append(stream.state_dict())
+        found += take(stream, 1)
+    for step, state in enumerate(states):
+        resumed = follow()
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state
+        assert take(resumed, 3 * EVERY - step) == found[step:], step
+        assert history(resumed) == history(stream)
+
+
+def test_a_stream_that_does_not_follow_needs_the_state_s_snapshot(
+    cache: Cache, follow: Follow
+) -> None:
+    stream = follow()
+    add_scored_part(cache, 1, 2, 5)
+    take(stream, EVERY + 1)
+    state, found = stream.state_dict(), take(stream, 2)
+    (old, _), (_, new) = history(stream)[0], history(stream)[1]
+    assert old == 0
+    resumed = plain(cache, new)
+    resumed.load_state_dict(state)
+    assert take(resumed, 2) == found
+    with pytest.raises(MismatchError, match="snapshot = "):
+        plain(cache, history(stream)[0][1]).load_state_dict(state)
+
+
+def test_a_state_of_a_snapshot_that_is_gone(cache: Cache, follow: Follow) -> None:
+    stream = follow()
+    state = stream.state_dict()
+    add_scored_part(cache, 1, 2, 5)
+    other = follow()
+    before = other.state_dict()
+    path = cache.storage.folder / f"snapshots/{stream.snapshots[0]}.parquet"
+    path.unlink()
+    with pytest.raises(MissingError, match=stream.snapshots[0]):
+        other.load_state_dict(state)
+    assert other.state_dict() == before, "a state that cannot be loaded changes nothing"
+
+
+def test_a_state_of_another_cache_is_told_by_its_identity(
+    cache: Cache, follow: Follow, tmp_path: Path
+) -> None:
+    identity = replace(cache.identity, topk=2)
+    other = Cache.create(tmp_path / "other", identity)
+    add_scored_part(other, 0, 0, 6)
+    state = plain(other, other.snapshot().id).state_dict()
+    with pytest.raises(MismatchError, match="identity = "):
+        follow().load_state_dict(state)
+
+
+def test_a_state_s_snapshot_below_the_batch_is_refused(cache: Cache, follow: Follow) -> None:
+    small = follow()
+    state = small.state_dict()
+    add_scored_part(cache, 1, 2, 20)
+    large = follow(batch_rows=20)
+    with pytest.raises(InputError, match="at most the 13 rows; got 20"):
+        large.load_state_dict(state)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_cache_that_shrank_too_far_is_an_error_until_it_grows(
+    cache: Cache, follow: Follow, left: int
+) -> None:
+    add_scored_part(cache, 0, 2, 3)
+    stream = follow()
+    for part in cache.parts()[: 3 - left]:
+        cache.retire(part, "old")
+    take(stream, EVERY)
+    state = stream.state_dict()
+    message = "at most the 3 rows; got 4" if left else "rows to replay; got an empty snapshot"
+    for _ in range(2):
+        with pytest.raises(InputError, match=message):
+            stream.next_batch()
+        assert stream.state_dict() == state, "the stream stays where it was"
+    add_scored_part(cache, 1, 3, 9)
+    assert take(stream, 1)[0].epoch == 1
+    assert [step for step, _ in history(stream)] == [0, EVERY]
+
+
+def test_a_damaged_newer_commit_is_an_error_until_it_is_restored(
+    cache: Cache, follow: Follow
+) -> None:
+    stream = follow()
+    old = take(plain(cache, stream.snapshots[0]), EVERY)
+    part = add_scored_part(cache, 1, 2, 5)
+    path = cache.storage.folder / commit_path(part, 0)
+    data = path.read_bytes()
+    path.write_bytes(data[:50] + bytes([data[50] ^ 1]) + data[51:])
+    assert take(stream, EVERY) == old
+    state = stream.state_dict()
+    for _ in range(2):
+        with pytest.raises(CorruptError, match=part):
+            stream.next_batch()
+        assert stream.state_dict() == state
+    path.write_bytes(data)
+    take(stream, 1)
+    assert stream.snapshots == [cache.snapshot().id]
+
+
+def test_a_newer_shard_that_is_gone_is_an_error(cache: Cache, follow: Follow) -> None:
+    stream = follow()
+    part = add_scored_part(cache, 1, 2, 5)
+    attempt = cache.commit_of(part).attempt
+    path = cache.storage.folder / attempt_path(part, attempt) / OBJECT_NAME
+    moved = path.rename(path.with_name("elsewhere"))
+    shutil.move(moved, cache.storage.folder.parent / "elsewhere")
+    take(stream, EVERY)
+    with pytest.raises(MissingError, match=part):
+        stream.next_batch()
+    shutil.move(cache.storage.folder.parent / "elsewhere", path)
+    assert take(stream, 1)[0].epoch == 1
+
+
+def test_a_state_remembers_the_newest_snapshots(cache: Cache, follow: Follow) -> None:
+    stream = follow(follow_every_steps=1)
+    for unit in range(10):
+        take(stream, 1)
+        add_scored_part(cache, 1, 10 + unit, 2)
+    take(stream, 1)
+    assert [step for step, _ in history(stream)] == list(range(3, 11))
+    resumed = follow(follow_every_steps=1)
+    state = stream.state_dict()
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+
+
+class Together:
+    """Ranks of one process agree: the first that comes chooses, and the others get the same."""
+
+    def __init__(self) -> None:
+        """Nothing is chosen."""
+        self.chosen: list[Any] = []
+
+    def rank(self) -> Callable[[Callable[[], Any]], Any]:
+        """What one rank agrees by."""
+        count = 0
+
+        def agree(choose: Callable[[], Any]) -> Any:
+            nonlocal count
+            if count == len(self.chosen):
+                try:
+                    self.chosen.append(choose())
+                except CorruptError as error:
+                    self.chosen.append(error)
+            count += 1
+            if isinstance(self.chosen[count - 1], Exception):
+                raise self.chosen[count - 1]
+            return self.chosen[count - 1]
+
+        return agree
+
+
+def ranks_of(cache: Cache, world: int) -> list[ReplayStream]:
+    """Streams of all ranks, in this process."""
+    together = Together()
+    source = Source(cache, cache.snapshot())
+    config = replace(CONFIG, follow_every_steps=EVERY)
+    return [
+        ReplayStream(source, config, rank=rank, world=world, agree=together.rank())
+        for rank in range(world)
+    ]
+
+
+def test_all_ranks_take_up_what_one_of_them_chose(cache: Cache) -> None:
+    ranks = ranks_of(cache, 3)
+    add_scored_part(cache, 1, 2, 5)
+    for step in range(3 * EVERY):
+        found = []
+        for stream in ranks:
+            found += take(stream, 1)
+            if step % EVERY == 0:
+                add_scored_part(cache, 1, 100 * step + len(found), 3)
+        assert len({(batch.rows, batch.num_positions, batch.epoch) for batch in found}) == 1
+        assert sorted(row for b in found for _, row, _ in b.held) == sorted(found[0].rows)
+        assert len({tuple(stream.snapshots) for stream in ranks}) == 1
+    assert [step for step, _ in history(ranks[0])] == [0, 3, 6]
+
+
+def test_a_damaged_commit_is_an_error_on_all_ranks(cache: Cache) -> None:
+    ranks = ranks_of(cache, 2)
+    part = add_scored_part(cache, 1, 2, 5)
+    (cache.storage.folder / commit_path(part, 0)).write_bytes(b"no commit")
+    for stream in ranks:
+        take(stream, EVERY)
+        with pytest.raises(CorruptError, match=part):
+            stream.next_batch()
+
+
+def test_several_ranks_need_a_way_to_agree(cache: Cache) -> None:
+    source = Source(cache, cache.snapshot())
+    config = replace(CONFIG, follow_every_steps=1)
+    with pytest.raises(ConfigError, match="a process group of 2 ranks; got 0"):
+        ReplayStream(source, config, rank=1, world=2)
+    ReplayStream(source, config, rank=1, world=2, agree=agree_alone).close()
+    ReplayStream(source, replace(CONFIG, follow_every_steps=0), rank=1, world=2).close()
+
+
+def test_one_rank_agrees_with_itself() -> None:
+    assert agree_among(1) is agree_alone
+    assert agree_alone(lambda: 3) == 3
+
+
+def test_the_newest_snapshot_is_of_all_that_is_scored_and_not_retired(cache: Cache) -> None:
+    cache.retire(cache.parts()[0], "old")
+    (found,) = newest_snapshots([cache])
+    assert [commit.part for commit in cache.open_snapshot(found).commits] == cache.parts()[1:]
+
+
+def test_only_the_cache_that_grew_begins_an_epoch(cache: Cache, other_cache: Cache) -> None:
+    config = replace(CONFIG, follow_every_steps=EVERY, last_batch="carry", batch_rows=6)
+    sources = [Source(cache, cache.snapshot()), Source(other_cache, other_cache.snapshot())]
+    stream = ReplayStream(sources, config)
+    take(stream, 1)
+    add_scored_part(cache, 1, 2, 5)
+    take(stream, EVERY)
+    grown, still = stream.state_dict()["sources"]
+    assert (grown["epoch"], grown["first"], len(grown["history"])) == (1, 3, 2)
+    assert (still["epoch"], still["first"], len(still["history"])) == (0, 12, 1)
+    stream.close()

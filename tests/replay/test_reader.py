@@ -1,0 +1,203 @@
+"""Blocks of rows: whatever the block and the part, the very values of the shard."""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stillroom.cache.errors import MissingError
+from stillroom.cache.example_shards import random_shard
+from stillroom.cache.schema import Arrays
+from stillroom.cache.store import Cache
+from stillroom.replay.batch import collate
+from stillroom.replay.reader import COLUMNS, RowReader, _cut
+from tests.cache.fakes import SCORED_BY, make_identity, make_meta
+
+PARTS: tuple[tuple[int, int, float | None], ...] = (
+    (60, 5, 1.0),
+    (9, 1, None),
+    (7, 7, 0.5),
+    (400, 23, 0.0),
+)
+"""Positions, rows and temperature; in the third each row has one position."""
+ROWS = sum(rows for _, rows, _ in PARTS)
+EXTRA = 2
+LONGEST = 10**6
+
+
+def make_cache(root: Path, **identity: Any) -> Cache:
+    """A cache of those parts, with gaps in what is scored, unused entries and user columns."""
+    cache = Cache.create(root, make_identity(**identity))
+    extra = cache.identity.extra
+    for number, (positions, rows, temperature) in enumerate(PARTS):
+        arrays = random_shard(
+            number,
+            positions,
+            rows,
+            topk=cache.identity.topk,
+            vocab_size=cache.identity.vocab_size,
+            extra=extra,
+            mass=cache.identity.mass < 1,
+            user_columns=True,
+        )
+        meta = make_meta(number, sampler={"temperature": temperature} if number != 1 else {})
+        assert cache.add_shard(meta, "0" * 32, arrays, SCORED_BY) is not None
+    return cache
+
+
+@pytest.fixture(scope="module", params=["zarr", "parquet"])
+def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """The parts, with extra ids, in each format."""
+    root = tmp_path_factory.mktemp("read") / "cache"
+    more = {"extra": EXTRA, "extra_kind": "student", "mass": 0.9}
+    return make_cache(root, shard_format=request.param, **more)
+
+
+@pytest.fixture(scope="module")
+def stored(cache: Cache) -> list[Arrays]:
+    """Every row, out of whole shards."""
+    return list(rows_of(cache))
+
+
+def rows_of(cache: Cache) -> Iterator[Arrays]:
+    """Every row of a cache in snapshot order, cut by hand out of whole shards."""
+    for commit in cache.snapshot().commits:
+        arrays = cache.shard(commit).all_rows()
+        edges = {
+            "token": arrays["sequence_start"].astype(int),
+            "position": arrays["position_start"].astype(int),
+            "sequence": np.arange(commit.rows + 1),
+        }
+        for row in range(commit.rows):
+            yield {
+                name: arrays[name][edges[axis][row] : edges[axis][row + 1]]
+                for name, axis in COLUMNS.items()
+                if name in arrays
+            }
+
+
+def open_reader(cache: Cache, block_rows: int, max_tokens: int = LONGEST) -> RowReader:
+    """A reader of all of a cache."""
+    return RowReader(cache, cache.snapshot(), block_rows, 3, max_tokens)
+
+
+def assert_equal(found: Arrays, expected: Arrays) -> None:
+    """Equal to the bit, dtypes too."""
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        assert found[name].shape == array.shape, name
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+@pytest.mark.parametrize("block_rows", [1, 2, 3, 5, 6, 7, 16, ROWS - 1, ROWS, ROWS + 5])
+def test_rows_are_those_of_whole_shards_whatever_the_block(
+    cache: Cache, stored: list[Arrays], block_rows: int
+) -> None:
+    reader = open_reader(cache, block_rows)
+    blocks = {number: reader.read(number) for number in range(-(-ROWS // block_rows))}
+    for number, expected in enumerate(stored):
+        row = reader.row(blocks[reader.block_of(number)], number)
+        assert_equal(row.arrays, expected)
+        assert (row.number, row.cache) == (number, 3)
+
+
+def test_a_block_has_a_piece_of_each_part_that_it_lies_in(cache: Cache) -> None:
+    firsts = [piece.first for piece in open_reader(cache, ROWS).read(0)]
+    assert firsts == [0, 5, 6, 13]
+    reader = open_reader(cache, 4)
+    assert [[piece.first for piece in reader.read(b)] for b in range(4)] == [
+        [0],
+        [4, 5, 6],
+        [8],
+        [12, 13],
+    ]
+
+
+def test_rows_keep_the_temperature_of_their_part(cache: Cache) -> None:
+    reader = open_reader(cache, ROWS)
+    block = reader.read(0)
+    found = [reader.row(block, number).sampling_temperature for number in range(ROWS)]
+    assert found[:5] == [1.0] * 5
+    assert math.isnan(found[5])
+    assert found[6:13] == [0.5] * 7
+    assert found[13:] == [0.0] * 23
+
+
+def test_only_what_a_batch_needs_is_read(cache: Cache) -> None:
+    """Above all no user column, which has as many entries as rows or as positions."""
+    for piece in open_reader(cache, 3).read(0):
+        assert set(piece.arrays) == {*COLUMNS, "sequence_start", "position_start"}
+
+
+def test_a_block_is_as_large_as_it_says(cache: Cache) -> None:
+    long = [name for name, axis in COLUMNS.items() if axis != "sequence"]
+    for block_rows in (1, 7, ROWS):
+        reader = open_reader(cache, block_rows)
+        for number in range(-(-ROWS // block_rows)):
+            held = sum(p.arrays[name].nbytes for p in reader.read(number) for name in long)
+            assert reader.block_bytes(number) == held
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 5, 8, 13, 40])
+def test_a_long_row_keeps_its_first_tokens_and_their_positions(
+    cache: Cache, stored: list[Arrays], max_tokens: int
+) -> None:
+    reader = open_reader(cache, ROWS, max_tokens)
+    block = reader.read(0)
+    cut = 0
+    for number, whole in enumerate(stored):
+        found = reader.row(block, number).arrays
+        scored = np.flatnonzero(whole["scored"])
+        kept = int(np.count_nonzero(scored < max_tokens))
+        cut += kept < len(scored)
+        ends = {"token": max_tokens, "position": kept, "sequence": 1}
+        assert_equal(found, {name: a[: ends[COLUMNS[name]]] for name, a in whole.items()})
+    assert cut > 0
+
+
+def test_a_cut_counts_tokens_that_are_not_scored() -> None:
+    row = {
+        "token": np.arange(7, dtype=np.uint32),
+        "scored": np.array([0, 0, 1, 0, 0, 1, 1], np.uint16),
+        "prompt_length": np.array([2], np.uint32),
+        "sampled_logprob": np.array([-1, -2, -3], np.float32),
+        "extra_id": np.arange(6, dtype=np.uint32).reshape(3, 2),
+    }
+    positions = {7: 3, 6: 2, 5: 1, 4: 1, 3: 1, 2: 0}
+    for max_tokens, kept in positions.items():
+        found = _cut(row, max_tokens)
+        assert found["token"].tolist() == list(range(max_tokens))
+        assert found["sampled_logprob"].tolist() == [-1, -2, -3][:kept]
+        assert found["extra_id"].shape == (kept, 2)
+        assert found["prompt_length"].tolist() == [2]
+
+
+@pytest.mark.parametrize("extra", [0, EXTRA])
+def test_rows_are_what_a_batch_is_made_of(tmp_path: Path, extra: int) -> None:
+    kind = {"extra": extra, "extra_kind": "student" if extra else "none"}
+    reader = open_reader(make_cache(tmp_path / "cache", **kind), ROWS)
+    block = reader.read(0)
+    rows = [reader.row(block, number) for number in (12, 4, 30)]
+    batch = collate(rows)
+    assert batch.extra_id.shape == (batch.num_positions, extra)
+    assert [len(row.arrays["token"]) for row in rows] == np.diff(batch.row_start).tolist()
+
+
+def test_a_part_that_comes_back_is_read(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache")
+    reader = open_reader(cache, 4)
+    manifests = sorted((tmp_path / "cache").glob("scores/*/*/manifest.json"))
+    kept = [(path, path.read_bytes()) for path in manifests]
+    for path in manifests:
+        path.unlink()
+    with pytest.raises(MissingError, match=r"manifest\.json"):
+        reader.read(0)
+    for path, data in kept:
+        path.write_bytes(data)
+    firsts = [piece.first for number in range(-(-ROWS // 4)) for piece in reader.read(number)]
+    assert all(one < other for one, other in pairwise(firsts))

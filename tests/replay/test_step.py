@@ -1,0 +1,284 @@
+"""Planned steps: each row on one rank, bounded micro-batches, as many of them on every rank."""
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stillroom.cache.store import Cache
+from stillroom.replay.config import ReplayConfig
+from stillroom.replay.feed import Feed, Source
+from stillroom.replay.place import Place
+from stillroom.replay.step import Item, Planner, Position, Step
+from tests.replay.conftest import IDENTITY, made_up_table, part_meta, score_table
+
+LONGEST = 14
+"""Tokens of the longest made-up row, at most."""
+STEPS = 4
+
+
+def grouped_table(seed: int, rows: int) -> pa.Table:
+    """Rollouts of which up to six, one after another, have the same prompt."""
+    rng = np.random.default_rng(seed)
+    table = made_up_table(rng, rows, 0)
+    records = table.to_pylist()
+    first = 0
+    while first < rows:
+        count = int(rng.integers(1, 7))
+        for record in records[first : first + count]:
+            record |= {name: records[first][name] for name in ("prompt", "prompt_id")}
+        first += count
+    return pa.Table.from_pylist(records, table.schema)
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> list[Cache]:
+    """Two caches of two parts each."""
+    made = []
+    for number, sizes in enumerate(((23, 18), (9, 14))):
+        cache = Cache.create(tmp_path_factory.mktemp("grouped") / "cache", IDENTITY)
+        for unit, rows in enumerate(sizes):
+            score_table(cache, grouped_table(10 * number + unit, rows), part_meta(0, unit))
+        made.append(cache)
+    return made
+
+
+def open_feeds(caches: list[Cache], config: ReplayConfig) -> list[Feed]:
+    """Feeds of whole caches."""
+    return [Feed(Source(cache, cache.snapshot()), i, config) for i, cache in enumerate(caches)]
+
+
+def plan_steps(
+    feeds: list[Feed], config: ReplayConfig, world: int, *, one_row: bool = False, steps: int
+) -> list[list[Step]]:
+    """The first steps, of every rank."""
+    share = [3, 2][: len(feeds)]
+    planners = [Planner(feeds, share, config, rank, world, one_row) for rank in range(world)]
+    at = Position(0, 0, (Place(),) * len(feeds))
+    out = []
+    for number in range(steps):
+        found = [planner.next(at) for planner in planners]
+        (at,) = {after for _, after in found}
+        assert at.step == number + 1
+        out.append([step for step, _ in found])
+    return out
+
+
+def items_of(step: Step) -> list[Item]:
+    """All items of a rank's share."""
+    return [item for items in step.micro_batches for item in items]
+
+
+def tokens_of(item: Item, shared: bool) -> int:
+    """Tokens of an item, from the lengths of its rows."""
+    tokens, prompt, _ = item.feed.selection.lengths[list(item.rows)].astype(int).T
+    assert shared or len(tokens) == 1
+    return int(prompt[0] + (tokens - prompt).sum())
+
+
+@dataclass
+class Case:
+    """Settings of a plan."""
+
+    config: ReplayConfig
+    world: int
+    one_row: bool
+    num_caches: int
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Any settings that fit the caches."""
+    group = draw(st.integers(1, 5))
+    num_caches = draw(st.integers(1, 2))
+    config = ReplayConfig(
+        batch_rows=group * draw(st.integers(1, 7)),
+        group_rows=group,
+        share_prompts=group > 1 and draw(st.booleans()),
+        max_tokens=draw(st.integers(LONGEST, 60)),
+        block_rows=draw(st.integers(1, 12)),
+        window_rows=draw(st.integers(1, 12)),
+        last_batch="carry" if num_caches > 1 else draw(st.sampled_from(("keep", "drop", "carry"))),
+        seed=draw(st.integers(0, 99)),
+    )
+    return Case(config, draw(st.integers(1, 6)), draw(st.booleans()), num_caches)
+
+
+@settings(max_examples=30)
+@given(cases())
+def test_every_row_of_a_step_lands_on_one_rank(caches: list[Cache], case: Case) -> None:
+    feeds = open_feeds(caches[: case.num_caches], case.config)
+    for ranks in plan_steps(feeds, case.config, case.world, one_row=case.one_row, steps=STEPS):
+        facts = {(s.epoch, s.first, s.rows, s.caches, s.num_positions) for s in ranks}
+        assert len(facts) == 1
+        landed = Counter(
+            (item.feed.number, row)
+            for step in ranks
+            for item in items_of(step)
+            for row in item.rows
+        )
+        whole = ranks[0]
+        numbers = [feed.selection.rows.tolist().index for feed in feeds]
+        expected = Counter(
+            (cache, numbers[cache](row))
+            for cache, row in zip(whole.caches, whole.rows, strict=True)
+        )
+        assert landed == expected
+        positions = sum(
+            int(feeds[c].selection.lengths[row, 2]) * n for (c, row), n in landed.items()
+        )
+        assert positions == whole.num_positions
+
+
+@settings(max_examples=30)
+@given(cases())
+def test_micro_batches_are_bounded_and_as_many_on_every_rank(
+    caches: list[Cache], case: Case
+) -> None:
+    feeds = open_feeds(caches[: case.num_caches], case.config)
+    for ranks in plan_steps(feeds, case.config, case.world, one_row=case.one_row, steps=STEPS):
+        counts = [len(step.micro_batches) for step in ranks]
+        filled = [sum(map(bool, step.micro_batches)) for step in ranks]
+        assert set(counts) == {max(filled)}, "no rank runs more than the one that has to"
+        for step, full in zip(ranks, filled, strict=True):
+            assert all(step.micro_batches[:full]), "empty ones come last"
+            for items in step.micro_batches:
+                assert len(items) <= 1 or not case.one_row
+                tokens = [tokens_of(item, case.config.share_prompts) for item in items]
+                assert [item.tokens for item in items] == tokens
+                assert sum(tokens) <= case.config.max_tokens
+
+
+@settings(max_examples=30)
+@given(cases())
+def test_a_group_stays_on_a_rank_in_as_few_pieces_as_fit(caches: list[Cache], case: Case) -> None:
+    feeds = open_feeds(caches[: case.num_caches], case.config)
+    most = case.config.max_tokens
+    for ranks in plan_steps(feeds, case.config, case.world, steps=STEPS):
+        where: dict[tuple[int, int], set[int]] = {}
+        for rank, step in enumerate(ranks):
+            pieces: dict[tuple[int, int], list[Item]] = {}
+            for item in items_of(step):
+                unit_start = item.feed.selection.unit_start
+                units = np.searchsorted(unit_start, item.rows, "right") - 1
+                assert len(set(units)) == 1, "no item holds rows of two groups"
+                key = item.feed.number, int(units[0])
+                pieces.setdefault(key, []).append(item)
+                where.setdefault(key, set()).add(rank)
+            assert case.config.share_prompts or all(
+                len(item.rows) == 1 for own in pieces.values() for item in own
+            )
+            if case.config.share_prompts:
+                _check_pieces(pieces, most)
+        repeats = Counter(zip(ranks[0].caches, ranks[0].rows, strict=True)).most_common(1)[0][1]
+        assert all(len(on) <= repeats for on in where.values())
+
+
+def _check_pieces(pieces: dict[tuple[int, int], list[Item]], most: int) -> None:
+    """A further piece of a group begins only where its first row does not fit any more."""
+    for (_, unit), own in pieces.items():
+        start, stop = own[0].feed.selection.unit_start[unit : unit + 2].tolist()
+        rows = sorted(own, key=lambda item: item.rows)
+        if [row for item in rows for row in item.rows] != list(range(start, stop)):
+            continue  # the group comes twice in this step
+        for before, after in pairwise(rows):
+            tokens, prompt, _ = after.feed.selection.lengths[after.rows[0]].tolist()
+            assert before.tokens + tokens - prompt > most
+
+
+def test_a_group_larger_than_a_micro_batch_is_split(caches: list[Cache]) -> None:
+    config = ReplayConfig(
+        batch_rows=12, group_rows=6, share_prompts=True, max_tokens=LONGEST, last_batch="carry"
+    )
+    steps = plan_steps(open_feeds(caches[:1], config), config, 1, steps=STEPS)
+    items = [item for (step,) in steps for item in items_of(step)]
+    assert any(len(item.rows) > 1 for item in items)
+    firsts = [item.rows[0] for item in items]
+    unit_start = items[0].feed.selection.unit_start.tolist()
+    assert set(firsts) - set(unit_start), "some items begin within a group"
+
+
+def test_a_shared_prompt_counts_once(caches: list[Cache]) -> None:
+    config = ReplayConfig(batch_rows=12, group_rows=6, share_prompts=True, max_tokens=500)
+    feeds = open_feeds(caches[:1], config)
+    ((step,), *_) = plan_steps(feeds, config, 1, steps=1)
+    lengths = feeds[0].selection.lengths.astype(int)
+    sizes = {len(item.rows) for item in items_of(step)}
+    assert len(sizes) > 1, "groups of several sizes"
+    for item in items_of(step):
+        own = lengths[list(item.rows)]
+        assert item.tokens == own[:, 0].sum() - (len(own) - 1) * own[0, 1]
+    (micro,) = step.micro_batches
+    assert len(micro) == 2, "two groups in one micro-batch"
+
+
+@pytest.fixture(scope="module")
+def long_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """One part of 800 rows."""
+    cache = Cache.create(tmp_path_factory.mktemp("long") / "cache", IDENTITY)
+    score_table(cache, made_up_table(np.random.default_rng(0), 800, 0), part_meta(0, 0))
+    return cache
+
+
+@pytest.mark.parametrize(("block", "window", "batch"), [(8, 8, 64), (5, 12, 40), (16, 10, 64)])
+def test_a_rank_reads_its_own_lanes_where_the_world_divides_them(
+    long_cache: Cache, block: int, window: int, batch: int
+) -> None:
+    config = ReplayConfig(batch_rows=batch, block_rows=block, window_rows=window, seed=1)
+    (feed,) = open_feeds([long_cache], config)
+    rows, blocks = feed.units, -(-feed.units // block)
+    lanes = max(1, min(64, rows // window))
+    assert lanes == 64
+    steps = -(-rows // batch)
+    for world in (1, 2, 8):
+        read = _blocks_read(feed, config, world, steps)
+        assert len(set().union(*read)) == blocks
+        most = -(-rows // (block * world)) + 2 * lanes // world
+        assert max(map(len, read)) <= min(most, blocks)
+        assert sum(map(len, read)) <= blocks + lanes, "only blocks at lane edges are read twice"
+    assert sum(map(len, _blocks_read(feed, config, 3, steps))) > 1.5 * blocks
+
+
+def _blocks_read(feed: Feed, config: ReplayConfig, world: int, steps: int) -> list[set[int]]:
+    """The blocks that each rank needs in an epoch."""
+    read: list[set[int]] = [set() for _ in range(world)]
+    for ranks in plan_steps([feed], config, world, steps=steps):
+        for own, step in zip(read, ranks, strict=True):
+            own |= {block for _, block in Step.keys(step)}
+    return read
+
+
+def test_a_step_needs_the_blocks_of_its_own_rows_only(caches: list[Cache]) -> None:
+    config = ReplayConfig(batch_rows=10, block_rows=4, window_rows=5, last_batch="carry")
+    feeds = open_feeds(caches, config)
+    for ranks in plan_steps(feeds, config, 3, steps=STEPS):
+        for step in ranks:
+            rows = [(item.feed, number) for item in items_of(step) for number in item.numbers]
+            assert step.keys() == {(feed, number // 4) for feed, number in rows}
+
+
+def test_planning_far_on_costs_no_more(
+    caches: list[Cache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ReplayConfig(batch_rows=10, block_rows=4, window_rows=5, last_batch="carry")
+    feeds = open_feeds(caches, config)
+    planner = Planner(feeds, [3, 2], config, 0, 1, False)
+    asked: list[int] = []
+    units_in = Feed.units_in
+
+    def counted(feed: Feed, epoch: int) -> int:
+        asked.append(epoch)
+        return units_in(feed, epoch)
+
+    monkeypatch.setattr(Feed, "units_in", counted)
+    far = Position(10**6, 10**7, (Place(146341, 0), Place(173913, 3)))
+    step, after = planner.next(far)
+    assert len(step.rows) == 10
+    assert after.step == 10**6 + 1
+    assert set(asked) <= {146341, 146342, 173913, 173914}
+    assert len(asked) < 20

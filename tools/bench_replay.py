@@ -1,0 +1,232 @@
+"""`stillroom bench replay`: packed positions a second that a stream delivers, beside other loaders
+on the same rows in one run; how long a trainer waits for it; and what resuming costs.
+
+Every figure comes from a process of its own. The stream checks every byte and has decoded nothing
+before it is measured; the others check none.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from stillroom.cache.commits import commit_path, read_commit
+from stillroom.cache.errors import InputError
+from stillroom.cache.part import PartMeta
+from stillroom.cache.progress import Progress
+from stillroom.cache.shard_writer import ScoredBy
+from stillroom.cache.store import Cache
+from stillroom.replay import ReplayConfig
+from stillroom.tools import bench_s3
+from stillroom.tools.bench_data import made_up
+from stillroom.tools.bench_replay_peers import PeerSpeed, loaders, measure_peer
+from stillroom.tools.bench_stream import (
+    Delivered,
+    Replayed,
+    Resumed,
+    Waited,
+    alone,
+    deliver,
+    resume,
+    wait,
+)
+from stillroom.tools.render import print_table, say
+
+SHARDS = 5
+LONGEST = 640
+"""Positions of a made-up sequence; 370 on average."""
+ROWS = 12_288
+"""A snapshot of at least so many rows: about twice what a stream of the default settings has
+decoded at once, so that it shows how one goes on that does not fit."""
+THREADS = (1, 2, 0)
+S3_THREADS = 16
+WAIT_S = 30.0
+DELIVERED = ("loader", "threads", "positions/s", "cores", "memory MiB")
+PEERS = ("loader", "first epoch", "next epochs", "cores", "memory MiB", "we are x", "x")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Streamed:
+    """The stream with one number of threads."""
+
+    threads: int
+    speed: Delivered
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FromS3:
+    """The stream from an object store."""
+
+    threads: int
+    speed: Delivered
+    requests: int
+    """Those of opening and of the snapshot too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayFigures:
+    """All of one run."""
+
+    rows: int
+    positions: int
+    copies: int
+    topk: int
+    streams: list[Streamed]
+    peers: list[PeerSpeed]
+    s3: FromS3 | None
+    waited: Waited
+    resumed: list[Resumed]
+
+    @property
+    def best(self) -> Streamed:
+        """The stream with its default threads."""
+        return self.streams[-1]
+
+
+def bench_replay(
+    root: str | None,
+    *,
+    positions: int,
+    topk: int,
+    tokens_s: float,
+    with_peers: bool = True,
+    with_s3: bool = False,
+    rows: int = ROWS,
+) -> ReplayFigures:
+    """Measure replay.
+
+    Args:
+        root: the cache; None makes one up. Nothing is written to it.
+        positions: to replay at least; parts are taken whole.
+        topk: K of made-up scores.
+        tokens_s: what the simulated trainer takes.
+        with_peers: measure other loaders too.
+        with_s3: measure from an object store too.
+        rows: of the snapshot, which lists the parts as often as that takes.
+
+    Raises:
+        InputError: the cache has no scored part.
+        ConfigError: there is no object store.
+    """
+    with _root(root, positions, topk) as found:
+        replayed, config = _replayed(found, positions, rows), ReplayConfig()
+        snapshot = replayed.source().snapshot
+        names = loaders() if with_peers else []
+        with Progress("bench", len(THREADS) + len(names) + with_s3 + 2, "figures") as progress:
+
+            def measured(*work: Any) -> Any:
+                value = alone(*work)
+                progress.advance(1)
+                return value
+
+            return ReplayFigures(
+                rows=snapshot.rows,
+                positions=snapshot.positions,
+                copies=replayed.copies,
+                topk=Cache.open(found).identity.topk,
+                streams=[
+                    Streamed(
+                        threads=ReplayConfig(threads=threads).read_threads(remote=False),
+                        speed=measured(deliver, replayed, ReplayConfig(threads=threads)),
+                    )
+                    for threads in THREADS
+                ],
+                peers=[measured(measure_peer, name, replayed, config) for name in names],
+                s3=_from_s3(replayed) if with_s3 else None,
+                waited=measured(wait, replayed, config, tokens_s, WAIT_S),
+                resumed=measured(resume, replayed, config),
+            )
+
+
+@contextmanager
+def _root(root: str | None, positions: int, topk: int) -> Iterator[str]:
+    if root is not None:
+        yield root
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(SHARDS):
+            sample = made_up(-(-positions // SHARDS), topk, longest=LONGEST, seed=number)
+            cache = Cache.open(folder) if number else Cache.create(folder, sample.identity)
+            meta = PartMeta(
+                policy_version=0,
+                unit=f"{number:016x}",
+                tokenizer_fingerprint=sample.identity.tokenizer_fingerprint,
+                vocab_size=sample.identity.vocab_size,
+                sampler={"temperature": 1.0},
+            )
+            nobody = ScoredBy(teacher_s=0.0, scorer={"host": "bench"})
+            cache.add_shard(meta, "0" * 32, sample.arrays, nobody)
+        yield folder
+
+
+def _replayed(root: str, positions: int, rows: int) -> Replayed:
+    cache, parts, found, held = Cache.open(root), [], 0, 0
+    live, retired = cache.commits(), cache.retired()
+    for part, n in sorted(live.items()):
+        if part in retired or found >= positions:
+            continue
+        commit = read_commit(cache.storage, commit_path(part, n))
+        parts.append(part)
+        found, held = found + commit.positions, held + commit.rows
+    if not parts:
+        do = "Score some, or leave the root out."
+        raise InputError(cache.storage.root, "scored parts", "none", do)
+    return Replayed(root=root, parts=tuple(parts), copies=max(1, -(-rows // held)))
+
+
+def _from_s3(replayed: Replayed) -> FromS3:
+    config = ReplayConfig(threads=S3_THREADS)
+    with bench_s3.serving() as s3:
+        alone(bench_s3.upload, replayed.root, s3.environment)
+        before = s3.requests
+        remote = Replayed(
+            root=bench_s3.ROOT, parts=replayed.parts, copies=1, environment=s3.environment
+        )
+        speed = alone(deliver, remote, config)
+        return FromS3(threads=S3_THREADS, speed=speed, requests=s3.requests - before)
+
+
+def as_json(figures: ReplayFigures) -> dict[str, Any]:
+    """Plain values."""
+    return asdict(figures)
+
+
+def print_figures(figures: ReplayFigures) -> None:
+    """Print tables."""
+    say(
+        f"{figures.rows:,} rows, {figures.positions:,} positions at K = {figures.topk}"
+        f" (parts listed {figures.copies} times); every block is decoded in the measured epoch"
+    )
+    rows: list[tuple[object, ...]] = [
+        ("Stillroom", row.threads, *_speed(row.speed)) for row in figures.streams
+    ]
+    if figures.s3:
+        rows.append(("Stillroom, S3", figures.s3.threads, *_speed(figures.s3.speed)))
+    print_table(DELIVERED, rows, text=("loader",))
+    if figures.s3:
+        say(f"S3: {figures.s3.requests:,} requests")
+    if figures.peers:
+        own = figures.best.speed.positions_s
+        print_table(PEERS, [_peer(row, own) for row in figures.peers], text=("loader",))
+    waited = figures.waited
+    say(
+        f"A trainer of {waited.tokens_s:,.0f} tokens/s waits {waited.share:.2%} of its time over"
+        f" {waited.steps:,} steps, and {waited.first_batch_s:.2f} s for the first batch"
+    )
+    for row in figures.resumed:
+        say(
+            f"Resuming at step {row.step:,}: {row.load_s * 1e3:.1f} ms, and"
+            f" {row.first_batch_s:.2f} s to the first batch"
+        )
+
+
+def _speed(speed: Delivered) -> tuple[object, ...]:
+    return round(speed.positions_s), round(speed.cores, 2), round(speed.memory_mb)
+
+
+def _peer(row: PeerSpeed, own: float) -> tuple[object, ...]:
+    first, later = row.first.positions_s, row.later.positions_s
+    cores, memory = round(row.later.cores, 2), round(row.first.memory_mb)
+    ratios = round(own / first, 1), round(own / later, 1)
+    return row.name, round(first), round(later), cores, memory, *ratios
