@@ -110,7 +110,7 @@ class Claims:
     @contextmanager
     def renewed(self, part: str) -> Iterator[Callable[[], None]]:
         """Renew a claim that was taken for as long as the block runs and gets on, then let go of
-        the part. A claim that another worker has taken over is left to it.
+        the part. A claim that another worker has taken over is left to it while it is live.
 
         Trouble with the claim never fails the block: it is printed, once.
 
@@ -138,7 +138,8 @@ class Claims:
     def _put(self, part: str, *, working: bool = True) -> None:
         try:
             claim = self._read(part)
-            if claim is None or claim.worker == self.worker:
+            mine = claim is None or claim.worker == self.worker
+            if mine or not self._is_live(part, claim):
                 self._storage.put(claim_path(part), self._mine(part, working=working))
         except StorageError as error:
             self._warn(part, error)
@@ -161,12 +162,15 @@ class Claims:
         if entry is None:
             return False
         self._renewed_at[part] = entry.modified
+        if entry.modified - self._clock.now() >= DEAD_AFTER_S:
+            self._clock = StoreClock(self._storage)  # it may have been set since it was asked
         return self._is_young(part)
 
     def _is_young(self, part: str) -> bool:
-        """Whether a claim cannot be dead, as far as this worker knows when it was renewed."""
+        """Whether a claim cannot be dead, as far as this worker knows when it was renewed. One from
+        the future is as old as one from the past: the clock was set back since."""
         renewed_at = self._renewed_at.get(part)
-        return renewed_at is not None and self._clock.now() - renewed_at < DEAD_AFTER_S
+        return renewed_at is not None and abs(self._clock.now() - renewed_at) < DEAD_AFTER_S
 
     def _read(self, part: str) -> Claim | None:
         """The claim; None where there is none or it cannot be understood: then its age decides."""

@@ -96,10 +96,11 @@ def pin(
 def renew_pin(
     storage: Storage, run: str, snapshot_ids: Collection[str], lifetime_s: float = LIFETIME_S
 ) -> Pin:
-    """Pin again if less than half of the time is left, or if other snapshots are pinned."""
+    """Pin again if less than half of the time is left, if other snapshots are pinned, or if the pin
+    is gone or damaged: it is the run's own, which knows what it uses."""
     try:
         found = read_pin(storage, pin_path(run))
-    except MissingError:
+    except (MissingError, CorruptError):
         return pin(storage, run, snapshot_ids, lifetime_s)
     enough = found.expires - storage.now() >= lifetime_s / 2
     if enough and found.snapshots == sorted(snapshot_ids):

@@ -1,7 +1,8 @@
 """Rubbish: what `gc` may remove from a cache, and why, from a listing of what is there.
 
-Nothing is rubbish before it is 24 hours old by the storage's clock. Commits, quarantine, marks of
-retirement, the identity, snapshots, policies, canaries and plans never are.
+Nothing is rubbish before it is 24 hours old by the storage's clock, but for claims of parts that
+are scored: they go after a minute. Commits, quarantine, marks of retirement, the identity,
+snapshots, policies, canaries and plans never are rubbish.
 """
 
 from collections.abc import Iterable, Iterator
@@ -117,8 +118,13 @@ def _lost_commit(listing: Listing, part: str, attempt: str, entries: list[Entry]
         return None
     if not listing.numbers:
         return "the cache has no commit at all: restore commits/, or score a part first"
-    if part not in listing.live and part not in listing.retired:
-        return "it is whole, and its part has no commit: restore that, or score the part first"
+    if part not in listing.live:
+        retired = listing.retired.get(part)
+        if retired is None:
+            what = "all its part's commits are in quarantine" if part in listing.numbers else "its part has no commit"
+            return f"it is whole, and {what}: restore the one that names it, or score the part first"
+        if not listing.old([retired]):
+            return f"it is whole, and its part was retired only {listing.hours([retired])} ago"
     return listing.unnamed
 
 

@@ -29,6 +29,8 @@ from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec, Teacher
 LOOK_AFTER_S = (2.0, 30.0)
 """A scorer that waits for others looks again after the first, and then less and less often, down to
 the second."""
+FULL_LOOK_EVERY = 4
+"""Looks of which one asks for more than claims: whether the parts are still to be scored at all."""
 
 
 @dataclass(slots=True)
@@ -71,9 +73,12 @@ def score(cache: Cache, teacher: Teacher, *, accept_numerics: bool = False) -> S
     parts = _score_free(cache, teacher, claims, parts, report)
     if parts:
         _say_waiting(parts)
-    waits = _waits()
+    waits, looks = _waits(), 0
     while parts:
         time.sleep(next(waits))
+        looks += 1
+        if looks % FULL_LOOK_EVERY == 0:
+            parts = [part for part in parts if cache.is_unscored(part)]
         held = {part for part in parts if claims.is_held(part)}
         free = [part for part in parts if part not in held]
         if free:

@@ -41,8 +41,8 @@ class ReplayConfig:
     """Neighbouring rows that are read and shuffled together; >= 1."""
     window_rows: int = 64
     """Rows of a lane that are shuffled among themselves; >= 1. About lanes (at most 64) times
-    window_rows + block_rows rows are in use at once; more than cached_bytes of them are read
-    again and again."""
+    window_rows + 2 block_rows rows are in use at once over all ranks; a rank that needs more of
+    them than cached_bytes holds reads its blocks again and again."""
     group_rows: int = 1
     """Rollouts of one prompt that stay together in every step, at most; 1 takes rows one by one.
     Divides batch_rows."""

@@ -9,6 +9,7 @@ import base64
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -66,11 +67,22 @@ class Cycle:
         value = jsonfile.load_sealed(data, where, MAX_BYTES)
         try:
             units = [{**u, "prompt_ids": tuple(u["prompt_ids"])} for u in value["units"]]
-            prompts = _unpack(value["prompts"])
+            prompts = _unpack(value["prompts"], where)
         except (KeyError, TypeError, ValueError, zlib.error) as error:
             do = "Restore the file."
             raise CorruptError(where, "a plan of units", f"no usable {error}", do) from error
         return Cycle(tuple(jsonfile.build(Unit, u, where) for u in units), prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """Prompts as a plan stores them."""
+
+    names: list[str | None]
+    lengths: list[int]
+    """Tokens of each."""
+    tokens: str
+    """All ids end to end as uint32, through zlib and base64."""
 
 
 def plan_cycle(
@@ -102,7 +114,7 @@ def plan_cycle(
 
 
 def store_cycle(cache: Cache, name: str, cycle: Cycle) -> Cycle:
-    """Store a cycle's plan under a name; the plan that is there first holds.
+    """Store a cycle's plan under a name; the plan that is there first holds, whatever this one is.
 
     Returns:
         The stored plan.
@@ -110,6 +122,8 @@ def store_cycle(cache: Cache, name: str, cycle: Cycle) -> Cycle:
     Raises:
         InputError: the plan is larger than one that can be read; nothing is stored.
     """
+    if has_cycle(cache, name):
+        return load_cycle(cache, name)
     data = cycle.to_json()
     _check_readable(data, cache.storage.describe(_path(name)))
     cache.storage.put_new(_path(name), data)
@@ -155,13 +169,12 @@ def _pack(prompts: Sequence[Prompt]) -> dict[str, Any]:
     }
 
 
-def _unpack(packed: dict[str, Any]) -> tuple[Prompt, ...]:
-    inflate = zlib.decompressobj()
-    data = inflate.decompress(base64.b64decode(packed["tokens"]), MAX_TOKEN_BYTES)
-    ends = np.cumsum([0, *packed["lengths"]])
+def _unpack(value: Any, where: str) -> tuple[Prompt, ...]:
+    packed: _Packed = jsonfile.build(_Packed, value, where)
+    data = zlib.decompressobj().decompress(base64.b64decode(packed.tokens), MAX_TOKEN_BYTES)
     tokens = np.frombuffer(data, "<u4").astype(np.uint32)
-    if ends[-1] != len(tokens):
-        raise ValueError(f"{len(tokens)} prompt tokens of {ends[-1]}")
-    parts = np.split(tokens, ends[1:-1]) if packed["lengths"] else []
-    named = zip(parts, packed["names"], strict=True)
+    if min(packed.lengths, default=0) < 0 or sum(packed.lengths) != len(tokens):
+        raise ValueError(f"{len(tokens)} prompt tokens of {sum(packed.lengths)}")
+    parts = np.split(tokens, list(accumulate(packed.lengths))[:-1]) if packed.lengths else []
+    named = zip(parts, packed.names, strict=True)
     return tuple(Prompt(token, prompt_id(token), name) for token, name in named)

@@ -92,6 +92,13 @@ class Feed:
         """Units in all."""
         return len(self.selection.unit_start) - 1
 
+    def open_bytes(self, world: int) -> int:
+        """About what the blocks take that one of so many ranks has in use at once."""
+        plan, _ = self._epoch(0)
+        share = world if plan.lanes % world == 0 else 1
+        rows = plan.lanes * (plan.window + 2 * plan.block) * self._config.group_rows
+        return int(min(rows / share, len(self.selection.rows)) * self.reader.mean_row_bytes)
+
     def units_in(self, epoch: int) -> int:
         """Units of an epoch, those left out for their lag not counted; >= 1."""
         return len(self._epoch(epoch)[1])

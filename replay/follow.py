@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from stillroom.cache.errors import ConfigError
+from stillroom.cache.errors import ConfigError, StillroomError
 from stillroom.cache.store import Cache
 
 T = TypeVar("T")
@@ -31,8 +31,11 @@ def agree_by_torch(choose: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         try:
             chosen[0] = choose()
-        except Exception as error:
+        except StillroomError as error:
             chosen[1] = error
+        except Exception as error:
+            # An error of another class may not travel, and the other ranks would wait for ever.
+            chosen[1] = RuntimeError(f"rank 0: {error!r}")
     dist.broadcast_object_list(chosen)
     if chosen[1] is not None:
         raise chosen[1]

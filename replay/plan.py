@@ -2,11 +2,12 @@
 
 Rows are numbered along a snapshot. An epoch permutes blocks of neighbouring rows and lays them end
 to end, cuts that list into L lanes whose lengths differ by at most one (the longer first), and
-inside a lane permutes tiles of `window` rows. Where lanes have LONG tiles or more, lane l begins its
-second tile l * window div L rows early, so that lanes need new blocks one after another, not all at
-once. Row g of the epoch is row g div L of lane g mod L. A step is the next B of them; rank r of W takes those with g mod W = r. So the rows of a step
-do not depend on W, and where W divides L a rank reads its own lanes only. (Where rollouts of a
-prompt stay together, a row here is such a group.)
+inside a lane permutes tiles of `window` rows. Where lanes have LONG tiles or more, lane l begins
+its second tile l * window div L rows early, so that lanes need new blocks one after another and not
+all at once. Row g of the epoch is row g div L of lane g mod L. A step is the next B of them; rank r
+of W takes those with g mod W = r. So the rows of a step do not depend on W, and where W divides L a
+rank reads its own lanes only. (Where rollouts of a prompt stay together, a row here is such a
+group.)
 """
 
 from dataclasses import dataclass

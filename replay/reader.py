@@ -78,6 +78,11 @@ class RowReader:
         """Number of the block that holds a row."""
         return row // self._block_rows
 
+    @property
+    def mean_row_bytes(self) -> float:
+        """What a row takes in memory on average."""
+        return float(self._row_bytes.mean())
+
     def block_bytes(self, block: int) -> int:
         """What the columns of a block along tokens and positions take in memory."""
         start = block * self._block_rows

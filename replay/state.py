@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stillroom.cache.errors import CorruptError, MismatchError
+from stillroom.cache.pins import SNAPSHOT_ID
 from stillroom.replay.config import ReplayConfig
 from stillroom.replay.feed import Feed
 from stillroom.replay.place import Place
@@ -66,7 +67,7 @@ def snapshots_in(state: dict[str, Any]) -> list[str]:
         found = [source["snapshot"] for source in state["sources"]]
     except (KeyError, TypeError) as error:
         raise _no_state(f"no usable {error}") from error
-    if not all(isinstance(snapshot, str) for snapshot in found):
+    if not all(isinstance(one, str) and SNAPSHOT_ID.fullmatch(one) for one in found):
         raise _no_state(f"{found!r:.80}")
     return found
 

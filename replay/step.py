@@ -146,7 +146,7 @@ class Planner:
     def _pack(self, units: Sequence[tuple[Feed, int, Unit]]) -> tuple[tuple[Item, ...], ...]:
         ranks: list[list[Item]] = [[] for _ in range(self._world)]
         for feed, g, unit in units:
-            ranks[g % self._world] += self._items(feed, unit)
+            ranks[(g + feed.number) % self._world] += self._items(feed, unit)
         tokens = [[item.tokens for item in items] for items in ranks]
         count = num_micro_batches(tokens, self._config.max_tokens, self._most)
         own = ranks[self._rank]

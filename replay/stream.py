@@ -63,7 +63,8 @@ class ReplayStream:
         _check_ranks(rank, world)
         _check_stride(stride, config)
         _check_sources(sources, config, vocab_size)
-        self._config, self._stride, self._pid = config, stride, os.getpid()
+        self._config, self._stride, self._world = config, stride, world
+        self._pid = os.getpid()
         self._follow = config.follow_every_steps
         self._agree = agree or (agree_among(world) if self._follow else None)
         self._shares = shares([source.weight for source in sources])
@@ -94,6 +95,12 @@ class ReplayStream:
         return [feed.source.snapshot.id for feed in self.feeds]
 
     @property
+    def open_bytes(self) -> int:
+        """About what the decoded blocks take that are in use at once. Where that is more than
+        `cached_bytes`, blocks are decoded several times an epoch."""
+        return sum(feed.open_bytes(self._world) for feed in self.feeds)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Steps until every row came once; of several caches, as many as all their rows fill."""
         units = sum(feed.units_in(self._position.places[0].epoch) for feed in self.feeds)
@@ -112,6 +119,7 @@ class ReplayStream:
             MismatchError: the state belongs to other caches, snapshots, or another order.
             CorruptError: it is not a state, or names no place in that order.
             MissingError: a snapshot that it followed is gone.
+            InputError: a step is larger than that snapshot.
         """
         self._check_usable()
         followed = list(self.feeds)

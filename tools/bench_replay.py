@@ -42,6 +42,8 @@ decoded at once, so that it shows how one goes on that does not fit."""
 THREADS = (1, 2, 0)
 S3_THREADS = 16
 WAIT_S = 30.0
+PEER_S = 180.0
+"""A loader that takes longer, its writing included, is stopped."""
 DELIVERED = ("loader", "threads", "positions/s", "cores", "memory MiB")
 PEERS = ("loader", "first epoch", "next epochs", "cores", "memory MiB", "we are x", "x")
 
@@ -120,6 +122,14 @@ def bench_replay(
                 progress.advance(1)
                 return value
 
+            def peer(name: str) -> PeerSpeed:
+                try:
+                    found: PeerSpeed = alone(measure_peer, name, replayed, config, most_s=PEER_S)
+                except (TimeoutError, EOFError) as error:
+                    found = PeerSpeed(name=name, failed=str(error))
+                progress.advance(1)
+                return found
+
             return ReplayFigures(
                 rows=snapshot.rows,
                 positions=snapshot.positions,
@@ -132,7 +142,7 @@ def bench_replay(
                     )
                     for threads in THREADS
                 ],
-                peers=[measured(measure_peer, name, replayed, config) for name in names],
+                peers=[peer(name) for name in names],
                 s3=_from_s3(replayed) if with_s3 else None,
                 waited=measured(wait, replayed, config, tokens_s, WAIT_S),
                 resumed=measured(resume, replayed, config),
@@ -226,6 +236,8 @@ def _speed(speed: Delivered) -> tuple[object, ...]:
 
 
 def _peer(row: PeerSpeed, own: float) -> tuple[object, ...]:
+    if row.first is None or row.later is None:
+        return row.name, row.failed, *[None] * 5
     first, later = row.first.positions_s, row.later.positions_s
     cores, memory = round(row.later.cores, 2), round(row.first.memory_mb)
     ratios = round(own / first, 1), round(own / later, 1)

@@ -1,8 +1,11 @@
 """The rows that a stream delivers, from other loaders: in the stream's own order where they read at
 random, and as they shuffle themselves; packed into arrays of the same columns."""
 
+import importlib
 import io
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -19,8 +22,10 @@ from stillroom.tools.bench_stream import Delivered, Replayed, checksum, measurin
 
 BUFFER = 1000
 """Rows that webdataset shuffles among themselves."""
+EPOCH_S = 8.0
+"""An epoch that takes longer is left."""
 Open = Callable[[Path, list[int]], Iterable[Arrays]]
-"""Opens what was written, and reads the rows of these numbers, or as many in an order of its own."""
+"""Opens what was written, and reads the rows of these numbers, or all in an order of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,10 +33,12 @@ class PeerSpeed:
     """One loader."""
 
     name: str
-    first: Delivered
+    first: Delivered | None = None
     """The first epoch, with opening and unpacking."""
-    later: Delivered
+    later: Delivered | None = None
     """The next one, from what is unpacked and open."""
+    failed: str | None = None
+    """Why there are no figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +74,11 @@ def measure_peer(name: str, replayed: Replayed, config: ReplayConfig) -> PeerSpe
     peer = next(peer for peer in peers() if peer.name == loader.peer)
     rows = replayed.rows()
     order = replay_order(replayed, config, len(rows))
-    asked = order if loader.in_order else range(len(rows))
+    sums = [checksum(row["topk_id"]) for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         peer.write(rows, Path(folder))
-        expected = sum(checksum(rows[i]["topk_id"]) for i in asked)
         del rows
-        return _measure(loader, peer, Path(folder), order, config.batch_rows, expected)
+        return _measure(loader, peer, Path(folder), order, config.batch_rows, sums)
 
 
 def replay_order(replayed: Replayed, config: ReplayConfig, rows: int) -> list[int]:
@@ -91,24 +97,52 @@ def packed(rows: Iterable[Arrays], batch_rows: int) -> Iterator[Arrays]:
         yield {name: np.concatenate([np.asarray(row[name]) for row in batch]) for name in COLUMNS}
 
 
-def _measure(
-    loader: Loader, peer: Peer, folder: Path, order: list[int], batch_rows: int, expected: int
-) -> PeerSpeed:
-    __import__(peer.package)
-    with measuring() as first:
-        found = loader.opens(folder, order)
-        first.positions = _drained(packed(found, batch_rows))
-    with measuring() as later:
-        later.positions = _drained(packed(found, batch_rows))
-    ids = sum(checksum(batch["topk_id"]) for batch in packed(found, batch_rows))
-    if ids != expected:
+def check_rows(name: str, found: list[int], sums: list[int], order: list[int] | None) -> None:
+    """See that a loader gave the rows that it was asked for.
+
+    Args:
+        name: of the loader, for the message.
+        found: checksums of the rows that it gave, the first ones of an epoch.
+        sums: checksums of all rows.
+        order: in which rows were asked for; None for any order in which no row comes twice.
+
+    Raises:
+        MismatchError: it gave others.
+    """
+    if order is None:
+        right = not Counter(found) - Counter(sums)
+    else:
+        right = found == [sums[i] for i in order[: len(found)]]
+    if not found or not right:
         do = "Report this: its speed says nothing."
-        raise MismatchError(loader.name, f"ids that add up to {expected}", f"{ids}", do)
+        raise MismatchError(name, "the rows that were asked for", "others", do)
+
+
+def _measure(
+    loader: Loader, peer: Peer, folder: Path, order: list[int], batch_rows: int, sums: list[int]
+) -> PeerSpeed:
+    importlib.import_module(peer.package)
+    with measuring() as first:
+        rows = loader.opens(folder, order)
+        first.positions = _drained(packed(rows, batch_rows))
+    with measuring() as later:
+        later.positions = _drained(packed(rows, batch_rows))
+    found = [checksum(np.asarray(row["topk_id"])) for row in _for_a_while(rows)]
+    check_rows(loader.name, found, sums, order if loader.in_order else None)
     return PeerSpeed(name=loader.name, first=first.found(), later=later.found())
 
 
 def _drained(batches: Iterable[Arrays]) -> int:
-    return sum(len(batch["sampled_logprob"]) for batch in batches)
+    return sum(len(batch["sampled_logprob"]) for batch in _for_a_while(batches))
+
+
+def _for_a_while(items: Iterable[Arrays]) -> Iterator[Arrays]:
+    """What comes within EPOCH_S; the first in any case."""
+    end = time.perf_counter() + EPOCH_S
+    for item in items:
+        yield item
+        if time.perf_counter() > end:
+            return
 
 
 @dataclass(frozen=True, slots=True)

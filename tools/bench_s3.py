@@ -74,7 +74,7 @@ def upload(root: str, environment: dict[str, str]) -> None:
 
 
 def _serve(port: Any, count: Any) -> None:
-    from moto.server import DomainDispatcherApplication, create_backend_app
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)

@@ -5,12 +5,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -22,6 +21,8 @@ from stillroom.tools.bench_peers import Rows, rows_of
 
 FAR = 1_000_000
 RESUMES = 3
+END_S = 10.0
+"""A process that has answered may take so long to end."""
 Result = TypeVar("Result")
 
 
@@ -89,10 +90,30 @@ class Resumed:
     first_batch_s: float
 
 
-def alone(measure: Callable[..., Result], *args: Any) -> Result:
-    """Call a function in a new process."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(measure, *args).result()
+def alone(measure: Callable[..., Result], *args: Any, most_s: float | None = None) -> Result:
+    """Call a function in a new process.
+
+    Raises:
+        TimeoutError: it took longer than that; the process was ended.
+        EOFError: the process ended without an answer.
+    """
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(theirs, measure, args))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(most_s):
+            raise TimeoutError(f"no answer within {most_s} s")
+        answer = ours.recv()
+        process.join(END_S)
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+    if isinstance(answer, Exception):
+        raise answer
+    return cast("Result", answer)
 
 
 def deliver(replayed: Replayed, config: ReplayConfig) -> Delivered:
@@ -182,6 +203,13 @@ def peak_kib() -> int:
     """Largest resident size of this process alone: what getrusage says is inherited."""
     status = Path("/proc/self/status").read_text()
     return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0])
+
+
+def _answer(pipe: Any, measure: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        pipe.send(measure(*args))
+    except Exception as error:
+        pipe.send(error)
 
 
 def _resumed(source: Source, config: ReplayConfig, step: int) -> Resumed:

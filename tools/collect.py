@@ -16,7 +16,7 @@ from stillroom.tools.render import print_json, say
 class Gc:
     """Remove what nobody needs: the bytes of retired parts and of replaced shards, attempts that
     were never committed, and what dead processes left. Nothing goes before it is 24 hours old by
-    the storage's clock, nor while a run has pinned it."""
+    the storage's clock (claims of scored parts: a minute), nor while a run has pinned it."""
 
     root: Positional[str]
     """The cache: a folder, or an address such as s3://bucket/prefix."""

@@ -7,19 +7,14 @@ from stillroom.cache.store import Cache, retired_path
 from stillroom.cache.tombstones import removed_commits
 from stillroom.tools.findings import Finding, Report, ShardName
 from stillroom.tools.object_names import rollouts_path
-from stillroom.tools.verify_part import (
-    PartReport,
-    read_part_marks,
-    spare_removed,
-    verify_part,
-)
+from stillroom.tools.verify_part import PartReport, read_part_marks, spare_removed, verify_part
 
 MAX_REASON = 500
 
 
 def repair(cache: Cache, report: Report, *, deep: bool) -> None:
-    """Put into quarantine what is damaged, each commit only after its part was verified once more:
-    another process may have repaired it, and a failing disk may have lied.
+    """Put into quarantine what is damaged, part by part, each right after it was verified once
+    more: another process may have repaired it, and a failing disk may have lied.
 
     Args:
         cache: the cache.
@@ -31,10 +26,10 @@ def repair(cache: Cache, report: Report, *, deep: bool) -> None:
         if finding.shard is not None:
             condemned.setdefault(finding.shard[0], set()).add(finding.shard)
     removed = removed_commits(cache.storage) if condemned else set()
-    again = {part: _verify_again(cache, part, removed, deep=deep) for part in sorted(condemned)}
-    spare_removed(cache, again.values())
-    for part, second in again.items():
-        _set_aside(cache, part, condemned[part], second, report)
+    for part, shards in sorted(condemned.items()):
+        again = _verify_again(cache, part, removed, deep=deep)
+        spare_removed(cache, [again])
+        _set_aside(cache, part, shards, again, report)
 
 
 def _verify_again(cache: Cache, part: str, removed: set[ShardName], *, deep: bool) -> PartReport:

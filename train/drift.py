@@ -20,7 +20,10 @@ from stillroom.cache.errors import CorruptError
 from stillroom.cache.storage import Storage
 
 MAX_LOG_RATIO = 20.0
-VERSION = re.compile(r"-1|0|[1-9][0-9]{0,8}")
+VERSION = re.compile(r"-1|0|[1-9][0-9]{0,9}")
+MAX_VERSION = 2**31 - 1
+ROUNDING = 1e-6
+"""Relative, of sums; far more than float64 loses over any run."""
 WHERE, DO = "drift in a checkpoint", "Delete the checkpoint to resume from an older one."
 
 
@@ -111,7 +114,7 @@ class DriftMeter:
 
 
 def _version(name: str) -> int:
-    if VERSION.fullmatch(name) is None:
+    if VERSION.fullmatch(name) is None or int(name) > MAX_VERSION:
         raise CorruptError(WHERE, "a policy version", f"{name!r:.80}", DO)
     return int(name)
 
@@ -119,12 +122,21 @@ def _version(name: str) -> int:
 def _sums(name: str, value: Mapping[str, Any]) -> Sums:
     where = f"{WHERE}, policy {name}"
     sums: Sums = jsonfile.build(Sums, dict(value), where)
-    largest = math.exp(2 * MAX_LOG_RATIO + 1)
-    ratios = (sums.ratio, sums.ratio_squared)
-    can_be = sums.n > 0 and max(abs(sums.log_ratio), *ratios) <= sums.n * largest
-    if not (can_be and min(ratios) >= 1 / largest):
+    if not _can_be(sums):
         raise CorruptError(where, "sums over some tokens", f"{sums}", DO)
     return sums
+
+
+def _can_be(sums: Sums) -> bool:
+    """Whether some tokens have these sums, up to rounding: each d is bounded, exp of the mean d is
+    at most the mean ratio (Jensen), and its square at most the mean square (Cauchy-Schwarz)."""
+    n, up, down = sums.n, 1 + ROUNDING, 1 - ROUNDING
+    if n < 1 or not abs(sums.log_ratio) <= up * n * MAX_LOG_RATIO:
+        return False
+    if not 0 <= sums.ratio_squared <= up * n * math.exp(2 * MAX_LOG_RATIO):
+        return False
+    least, most = math.exp(sums.log_ratio / n), math.sqrt(sums.ratio_squared / n)
+    return down * least <= sums.ratio / n <= up * most
 
 
 def put_drift(storage: Storage, run: str, step: int, drift: dict[str, Any]) -> None:

@@ -153,7 +153,17 @@ def read_prompts(config: RunConfig, models: Models) -> tuple[Prompts, Prompts]:
         do = "Take them out of one of the two."
         got = f"{len(both)} that are among the training prompts too"
         raise InputError(config.held_out.source, "prompts of their own", got, do)
+    check_batch(config, len(training.prompts))
     return training, held_out
+
+
+def check_batch(config: RunConfig, prompts: int) -> None:
+    """Refuse a step of more rows than the first round samples."""
+    sampled = min(prompts, config.refresh.prompts_per_cycle) * config.sampler.samples_per_prompt
+    if config.train.replay.batch_rows > sampled:
+        expected = f"at most the {sampled} rollouts of a round"
+        got, do = f"{config.train.replay.batch_rows}", "Lower it, or sample more."
+        raise ConfigError("train.replay.batch_rows", expected, got, do)
 
 
 def describe_prompts(source: str, prompts: Prompts) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stillroom.replay.blocks import Blocks
 
-WAIT_S = 60
+WAIT_S = 20
 """For events that come at once unless something is broken."""
 
 

@@ -1,13 +1,13 @@
 """Settings of replay: ranges, each named in its error."""
 
 import math
+import os
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
 import pytest
 
 from stillroom.cache.errors import ConfigError
-from stillroom.replay import config as config_module
 from stillroom.replay.config import LEAST, MAX_THREADS, ReplayConfig
 
 
@@ -52,7 +52,7 @@ def test_what_fits_is_taken() -> None:
 
 def test_threads_are_those_asked_for_or_one_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = set(range(3))
-    monkeypatch.setattr(config_module.os, "sched_getaffinity", lambda _: cores, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores, raising=False)
     assert ReplayConfig(threads=5).read_threads(remote=False) == 5
     assert ReplayConfig(threads=5).read_threads(remote=True) == 5
     assert ReplayConfig().read_threads(remote=False) == 3
@@ -64,7 +64,7 @@ def test_threads_are_those_asked_for_or_one_a_core(monkeypatch: pytest.MonkeyPat
 def test_cores_are_counted_where_a_process_cannot_be_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delattr(config_module.os, "sched_getaffinity", raising=False)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     for count, threads in ((2, 2), (None, 1), (99, MAX_THREADS)):
-        monkeypatch.setattr(config_module.os, "cpu_count", lambda count=count: count)
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
         assert ReplayConfig().read_threads(remote=False) == threads

@@ -32,7 +32,9 @@ def walk(
     return out
 
 
-def listed(sizes: list[int], batch: int, last_batch: str, steps: int) -> list[list[tuple]]:
+def listed(
+    sizes: list[int], batch: int, last_batch: str, steps: int
+) -> list[list[tuple[int, int]]]:
     """The same, out of lists of whole epochs."""
     epochs = [
         [(epoch, row) for row in range(sizes[epoch % len(sizes)])]
@@ -41,7 +43,7 @@ def listed(sizes: list[int], batch: int, last_batch: str, steps: int) -> list[li
     if last_batch == "carry":
         every = [row for epoch in epochs for row in epoch]
         return [every[i * batch : (i + 1) * batch] for i in range(steps)]
-    out: list[list[tuple]] = []
+    out: list[list[tuple[int, int]]] = []
     for epoch in epochs:
         cut = [epoch[i : i + batch] for i in range(0, len(epoch), batch)]
         short = last_batch == "drop" and len(cut) > 1 and len(cut[-1]) < batch

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from stillroom.cache.errors import ConfigError
 from stillroom.replay.plan import MAX_LANES, Plan, permutation
+from tests.replay import order_quality
 
 U64 = 2**64
 
@@ -87,10 +88,8 @@ def test_the_order_of_long_lanes_is_what_the_docstring_says(plan: Plan) -> None:
     assert sorted(order(plan, 2)) == list(range(plan.rows))
 
 
-@given(plans, epochs, st.integers(1, 50), st.integers(1, 8))
-def test_ranks_share_out_the_rows_of_every_step(
-    plan: Plan, epoch: int, batch: int, world: int
-) -> None:
+@given(plans, epochs, st.integers(1, 50))
+def test_a_step_is_the_next_rows_of_its_epoch(plan: Plan, epoch: int, batch: int) -> None:
     whole = order(plan, epoch)
     for first in range(0, plan.rows, batch):
         step = plan.rows_of(epoch, first, first + batch)
@@ -195,6 +194,20 @@ def test_a_batch_is_as_mixed_as_one_of_a_full_permutation() -> None:
         for batches in (rows, shuffled)
     )
     assert blocks > 0.9 * fair
+
+
+def test_the_default_order_mixes_steps_and_keeps_little_open() -> None:
+    plan, batch = Plan(20_000, 0, 32, 64), 64
+    rows = order_quality.order(plan, 0)
+    found = order_quality.quality(rows, plan.block, plan.window)
+    full = order_quality.quality(order_quality.full_order(plan.rows, 0), plan.block, plan.window)
+    assert found.neighbourhoods > full.neighbourhoods
+    assert found.same_step < full.same_step
+    most_open = plan.lanes * (plan.window + 2 * plan.block)
+    assert found.open_rows <= most_open
+    assert order_quality.times_read(rows, plan.block, most_open) < 1.1
+    blocks_a_step = batch / plan.block
+    assert found.most_new < 4 * blocks_a_step, "lanes need new blocks one after another"
 
 
 @pytest.mark.parametrize("wrong", [(0, 0, 1, 1), (1, 0, 0, 1), (1, 0, 1, 0), (-3, 0, 1, 1)])

@@ -161,7 +161,7 @@ def test_a_long_row_keeps_its_first_tokens_and_their_positions(
 
 
 def test_a_cut_counts_tokens_that_are_not_scored() -> None:
-    row = {
+    row: Arrays = {
         "token": np.arange(7, dtype=np.uint32),
         "scored": np.array([0, 0, 1, 0, 0, 1, 1], np.uint16),
         "prompt_length": np.array([2], np.uint32),

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from stillroom.cache.store import Cache
+from stillroom.replay import testing
 from stillroom.replay.config import ReplayConfig
 from stillroom.replay.feed import StoredSource
 from stillroom.replay.row_filter import RowFilter
@@ -19,7 +20,9 @@ from stillroom.replay.testing import (
 from tests.replay.broken_streams import Broken
 from tests.replay.conftest import add_grouped_part
 
-CONFIG = ReplayConfig(batch_rows=9, max_tokens=40, block_rows=4, window_rows=5, seed=3)
+CONFIG = ReplayConfig(
+    batch_rows=9, max_tokens=40, block_rows=4, window_rows=5, ahead_bytes=2000, seed=3
+)
 FEW = [Variant(), Variant(2), Variant(3, {"batch_rows": 3})]
 
 pytestmark = pytest.mark.dist
@@ -39,16 +42,15 @@ def stored(*caches: Cache, **changes: Any) -> StoredStream:
 
 
 def test_a_stream_resumes_anywhere(scored_cache: Cache) -> None:
-    check_resume(stored(scored_cache), steps=7)
+    check_resume(stored(scored_cache), steps=6)
 
 
-@pytest.mark.parametrize("last_batch", ["drop", "carry"])
-def test_a_stream_without_short_batches_resumes_anywhere(
-    scored_cache: Cache, last_batch: str
-) -> None:
-    check_resume(stored(scored_cache, last_batch=last_batch), 6, FEW)
+@pytest.mark.slow
+def test_a_stream_without_short_batches_resumes_anywhere(scored_cache: Cache) -> None:
+    check_resume(stored(scored_cache, last_batch="drop"), 6, FEW)
 
 
+@pytest.mark.slow
 def test_a_filtered_thinned_and_followed_stream_resumes_anywhere(scored_cache: Cache) -> None:
     rows = RowFilter(finish_reasons=("stop",))
     settings: dict[str, Any] = {"rows": rows, "lag_half_life": 2.0, "follow_every_steps": 3}
@@ -58,7 +60,7 @@ def test_a_filtered_thinned_and_followed_stream_resumes_anywhere(scored_cache: C
 def test_a_mixed_stream_resumes_anywhere(scored_cache: Cache, other_cache: Cache) -> None:
     sources = (source(scored_cache, weight=0.7), source(other_cache, weight=0.3))
     stream = StoredStream(sources=sources, config=stored(scored_cache, last_batch="carry").config)
-    check_resume(stream, 7, FEW)
+    check_resume(stream, 6, FEW)
     check_cost(stream)
 
 
@@ -66,25 +68,27 @@ def test_groups_with_shared_prompts_resume_anywhere(empty_cache: Cache) -> None:
     add_grouped_part(empty_cache, 0, 0, prompts=7, samples=4)
     stream = stored(empty_cache, group_rows=3, share_prompts=True)
     unshared = Variant(changes={"share_prompts": False})
-    check_resume(stream, 6, [*FEW, unshared])
-    check_cost(stream)
+    check_resume(stream, 5, [*FEW, unshared])
 
 
-@pytest.mark.parametrize("last_batch", ["keep", "carry"])
-def test_a_late_step_is_restored_as_easily_as_an_early_one(
-    scored_cache: Cache, last_batch: str
-) -> None:
-    check_cost(stored(scored_cache, last_batch=last_batch, lag_half_life=3.0))
+def test_a_late_step_is_restored_as_easily_as_an_early_one(scored_cache: Cache) -> None:
+    check_cost(stored(scored_cache, lag_half_life=3.0))
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No new process, which takes a second."""
+    monkeypatch.setattr(testing, "in_new_process", lambda function, *given: function(*given))
 
 
 BROKEN = {
     "Late": r"Variant.*, restored before step 2, 0 steps on: first: 27, not 18",
     "Forgetful": "step 0, 0 steps on: held rows",
     "Reordered": r"step 0, 0 steps on, micro-batch 0: \w+",
-    "Deaf": "a new process failed: .*no such place",
 }
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("kind", BROKEN)
 def test_what_is_broken_is_named(scored_cache: Cache, kind: str) -> None:
     sound = stored(scored_cache)
@@ -93,6 +97,14 @@ def test_what_is_broken_is_named(scored_cache: Cache, kind: str) -> None:
         check_resume(broken, steps=4, variants=[Variant()])
 
 
+def test_an_error_in_the_new_process_is_shown(scored_cache: Cache) -> None:
+    sound = stored(scored_cache)
+    broken = Broken(sources=sound.sources, config=sound.config, kind="Deaf")
+    with pytest.raises(AssertionError, match=r"(?s)a new process failed: .*no such place"):
+        check_resume(broken, steps=2, variants=[Variant()])
+
+
+@pytest.mark.usefixtures("here")
 def test_rows_that_two_ranks_hold_are_seen(scored_cache: Cache) -> None:
     sound = stored(scored_cache)
     broken = Broken(sources=sound.sources, config=sound.config, kind="OnOneRank")
@@ -101,6 +113,7 @@ def test_rows_that_two_ranks_hold_are_seen(scored_cache: Cache) -> None:
         check_resume(broken, steps=2, variants=[Variant(world=2)])
 
 
+@pytest.mark.usefixtures("here")
 def test_another_order_with_another_batch_is_seen(scored_cache: Cache) -> None:
     sound = stored(scored_cache)
     broken = Broken(sources=sound.sources, config=sound.config, kind="Late")
@@ -109,6 +122,7 @@ def test_another_order_with_another_batch_is_seen(scored_cache: Cache) -> None:
         check_resume(broken, steps=4, variants=[half])
 
 
+@pytest.mark.usefixtures("here")
 def test_work_that_grows_with_the_step_is_seen(scored_cache: Cache) -> None:
     sound = stored(scored_cache)
     broken = Broken(sources=sound.sources, config=sound.config, kind="Replaying")

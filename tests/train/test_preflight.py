@@ -1,5 +1,6 @@
 """What `run` refuses before it writes anything; that of its models is in tests/integration."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from stillroom.cache import jsonfile
 from stillroom.cache.errors import ConfigError, CorruptError
 from stillroom.cache.teacher import TeacherConfig
 from stillroom.replay.prompts import PromptsConfig
+from stillroom.replay.refresh import RefreshConfig
 from stillroom.train.config import RunConfig
-from stillroom.train.preflight import check_output, settings_of
+from stillroom.train.preflight import check_batch, check_output, settings_of
 
 
 @pytest.fixture
@@ -60,3 +62,12 @@ def test_a_record_without_settings_is_named(
     path = write(tmp_path / "run.json", record)
     with pytest.raises(CorruptError, match=rf"run\.json: expected a run's settings.*; got {got}\."):
         check_output(path, config)
+
+
+def test_a_step_larger_than_a_round_is_refused(config: RunConfig) -> None:
+    check_batch(config, prompts=64)
+    with pytest.raises(ConfigError, match=r"batch_rows: expected at most the 63 rollouts .*got 64"):
+        check_batch(config, prompts=63)
+    fewer = replace(config, refresh=RefreshConfig(prompts_per_cycle=20))
+    with pytest.raises(ConfigError, match="20 rollouts"):
+        check_batch(fewer, prompts=100)
