@@ -36,17 +36,25 @@ def encode_chunk(numbers: np.ndarray, settings: dict[str, Any]) -> bytes:
     return bytes(standalone.simple_compress(np.ascontiguousarray(numbers).reshape(-1), config))
 
 
-def decode_chunk(data: bytes, out: np.ndarray, where: str) -> None:
-    """Decode exactly `out.size` numbers from bytes whose hash was verified into a contiguous array.
+def decode_chunk(data: bytes, out: np.ndarray, where: str, size: int | None = None) -> None:
+    """Decode the first `out.size` numbers, from bytes whose hash was verified, into a contiguous
+    array.
+
+    Args:
+        data: an encoded chunk.
+        out: where the numbers go; those behind are not decoded.
+        where: named by the error.
+        size: numbers that the chunk holds; None for `out.size`.
 
     Raises:
         CorruptError: the bytes hold another count or dtype, or cannot be decoded.
     """
     count, do = out.size, "Score the part again."
+    whole = size is None or size == count
     try:
         progress = standalone.simple_decompress_into(data, out.reshape(-1))
     except (ValueError, RuntimeError, TypeError) as error:
         raise CorruptError(where, f"{count} encoded numbers", str(error), do) from error
-    if progress.n_processed != count or not progress.finished:
+    if progress.n_processed != count or progress.finished != whole:
         found = f"{progress.n_processed}{'' if progress.finished else ' and more'}"
         raise CorruptError(where, f"{count} encoded numbers", found, do)

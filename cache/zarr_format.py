@@ -181,7 +181,10 @@ class ZarrReader:
             if scratch is None:
                 scratch = np.empty((CHUNK_ROWS, *entry.shape[1:]), entry.dtype)
                 index = np.empty(scratch.shape if group is not None else 0, np.intp)
-            decode_chunk(next(blobs), scratch, where)
+            # as far as rows are wanted; the last chunk to its end, so that its count is checked
+            is_last = (i + 1) * CHUNK_ROWS >= entry.shape[0]
+            needed = scratch if is_last else scratch[: high - i * CHUNK_ROWS]
+            decode_chunk(next(blobs), needed, where, scratch.size)
             rows = scratch[low - i * CHUNK_ROWS : high - i * CHUNK_ROWS]
             if group is None:
                 target[...] = rows

@@ -7,8 +7,9 @@ micro-batches nor on the number of ranks.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from stillroom.cache.store import Cache
 from stillroom.replay.batch import Batch, MicroBatch, idle_micro_batch
 from stillroom.replay.config import ReplayConfig
 from stillroom.replay.feed import Source
+from stillroom.replay.follow import Agree, agree_among
 from stillroom.replay.pinned import empty_for
 from stillroom.replay.policies import check_student
 from stillroom.replay.stream import ReplayStream
@@ -109,7 +111,15 @@ class ReplayTrainer:
             world=self._accelerator.num_processes,
             one_row=not self.student.packs,
             empty=empty_for(self._accelerator.device),
+            agree=self._agree() if config.replay.follow_every_steps else None,
         )
+        if self.stream.open_bytes > config.replay.cached_bytes:
+            self._accelerator.print(
+                f"  blocks are decoded several times an epoch: {self.stream.open_bytes >> 20} MiB of "
+                f"them are in use at once, and replay.cached_bytes is "
+                f"{config.replay.cached_bytes >> 20} MiB; raise it, or lower replay.window_rows "
+                "and replay.block_rows"
+            )
         self.total_steps = max(1, math.ceil(config.epochs * self.stream.steps_per_epoch))
         self._optimizer = _optimizer(self.student, config)
         self._schedule = _schedule(self._optimizer, config, self.total_steps)
@@ -137,11 +147,7 @@ class ReplayTrainer:
         with Progress(f"train {self._run}", self.total_steps, "steps") as progress:
             progress.advance(self.step)
             while self.step < self.total_steps:
-                followed = self.stream.snapshots
-                batch = self.stream.next_batch()
-                if self.is_main and self.stream.snapshots != followed:
-                    self._keep_snapshot()
-                self._take_step(batch, report)
+                self._take_step(self.stream.next_batch(), report)
                 progress.advance()
         self.stream.close()
         report.train_s = time.perf_counter() - start
@@ -239,7 +245,7 @@ class ReplayTrainer:
             report.drift = self._drift.take()
             if self.is_main:
                 put_drift(self._cache.storage, self._run, self.step, report.drift)
-                self._keep_snapshot()
+                self._keep_snapshots()
         self._accelerator.log(
             {**values, "learning_rate": self._schedule.get_last_lr()[0]}, step=self.step
         )
@@ -262,11 +268,22 @@ class ReplayTrainer:
             save_checkpoint(
                 self._checkpoints, progressed, self.student, self._optimizer, self._schedule, keep
             )
-            self._keep_snapshot()
+            self._keep_snapshots()
         self._accelerator.wait_for_everyone()
 
-    def _keep_snapshot(self) -> None:
-        keep_snapshot(self._cache.storage, self._output, self._run, *self.stream.snapshots)
+    def _agree(self) -> Agree:
+        """How ranks take up newer snapshots: rank 0 pins what it chose before any rank opens it."""
+        among = agree_among(self._accelerator.num_processes)
+        return lambda choose: among(partial(self._pinned, choose))
+
+    def _pinned(self, choose: Callable[[], list[str]]) -> list[str]:
+        chosen = choose()
+        self._keep_snapshots(*chosen)
+        return chosen
+
+    def _keep_snapshots(self, *more: str) -> None:
+        snapshots = (*self.stream.snapshots, *more)
+        keep_snapshot(self._cache.storage, self._output, self._run, *snapshots)
 
     def _resume(self, report: TrainReport) -> None:
         folder = newest_checkpoint(self._checkpoints)

@@ -51,6 +51,19 @@ def test_numbers_are_decoded_into_a_part_of_an_array() -> None:
     assert (np.delete(whole, np.s_[3:6], axis=0) == 77).all()
 
 
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 4000, 9999])
+def test_the_first_numbers_alone_are_decoded(settings: dict[str, Any], count: int) -> None:
+    numbers = np.random.default_rng(0).integers(0, 99, 10_000, np.uint32)
+    data = encode_chunk(numbers, settings)
+    out = np.full(count + 9, 77, np.uint32)
+    decode_chunk(data, out[:count], "here", 10_000)
+    assert same_bits(out[:count], numbers[:count])
+    assert (out[count:] == 77).all()
+    with pytest.raises(CorruptError, match=f"expected {count} encoded numbers"):
+        decode_chunk(encode_chunk(numbers[:count], settings), out[:count], "here", 10_000)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [0, 1, 99, 101, 100_000])
 def test_another_count_is_refused(dtype: str, count: int) -> None:
