@@ -121,8 +121,7 @@ def _lost_commit(listing: Listing, part: str, attempt: str, entries: list[Entry]
     if part not in listing.live:
         retired = listing.retired.get(part)
         if retired is None:
-            what = "all its part's commits are in quarantine" if part in listing.numbers else "its part has no commit"
-            return f"it is whole, and {what}: restore the one that names it, or score the part first"
+            return "it is whole, and its part has no live commit: restore that, or score it first"
         if not listing.old([retired]):
             return f"it is whole, and its part was retired only {listing.hours([retired])} ago"
     return listing.unnamed

@@ -6,7 +6,7 @@ Blocks that nobody wants any longer stay, the latest used longest, while there i
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Lock
 from typing import Generic, TypeVar
@@ -94,6 +94,19 @@ class Blocks(Generic[Key, Block]):
                     if held.block.cancel():
                         self._forget(key)
             self._shrink()
+
+    def forget(self, unneeded: Callable[[Key], bool]) -> None:
+        """Forget blocks that nobody wants, of those for which `unneeded` is true."""
+        with self._lock:
+            for key in [k for k, held in self._held.items() if not held.users and unneeded(k)]:
+                if self._held[key].block.done():
+                    self._forget(key)
+
+    def settle(self) -> None:
+        """Wait until no block is being read, so that the next one wanted is read from then on."""
+        with self._lock:
+            blocks = [held.block for held in self._held.values()]
+        wait(blocks)
 
     def _shrink(self) -> None:
         if self._bytes <= self._limit:

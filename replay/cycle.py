@@ -149,10 +149,12 @@ def load_cycle(cache: Cache, name: str) -> Cycle:
 def _check_readable(data: bytes, where: str) -> None:
     """Refuse the bytes of a plan that no reader would take: too many of them, or of their units or
     tokens."""
+    do = "Plan fewer prompts at a time: lower refresh.prompts_per_cycle, or the prompts' limit."
+    if len(data) > MAX_BYTES:
+        raise InputError(where, f"at most {MAX_BYTES} bytes", f"{len(data)} bytes", do)
     try:
         Cycle.from_json(data, where)
     except CorruptError as error:
-        do = "Plan fewer prompts at a time: lower refresh.prompts_per_cycle, or the prompts' limit."
         raise InputError(where, error.expected, error.got, do) from error
 
 

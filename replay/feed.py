@@ -3,11 +3,13 @@ every epoch."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import count
 
 import numpy as np
 
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
+from stillroom.replay.batch import LAYOUT
 from stillroom.replay.config import ReplayConfig
 from stillroom.replay.place import Span
 from stillroom.replay.plan import Plan
@@ -16,8 +18,23 @@ from stillroom.replay.row_filter import RowFilter
 from stillroom.replay.selection import select
 from stillroom.replay.staleness import kept_rows
 
-Unit = tuple[int, ...]
-"""Rows that stay together, as indices into a feed's selection."""
+BYTES = {
+    axes: sum(np.dtype(dtype).itemsize for own, dtype in LAYOUT.values() if own == axes)
+    for axes in ("T", "P", "PK", "PM")
+}
+"""What a micro-batch takes, by the axes of its arrays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Rows that stay together."""
+
+    g: int
+    """Its place in the epoch."""
+    rows: list[int]
+    """Their numbers in the snapshot."""
+    lengths: list[list[int]]
+    """Tokens, prompt tokens and positions of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +102,9 @@ class Feed:
         self.reader = RowReader(
             source.cache, source.snapshot, config.block_rows, number, config.max_tokens
         )
+        identity = source.cache.identity
+        wide = BYTES["PK"] * identity.topk + BYTES["PM"] * identity.extra
+        self._position_bytes = BYTES["P"] + wide
         self._epoch = lru_cache(2)(self._make_epoch)
 
     @property
@@ -96,22 +116,30 @@ class Feed:
         """About what the blocks take that one of so many ranks has in use at once."""
         plan, _ = self._epoch(0)
         share = world if plan.lanes % world == 0 else 1
-        rows = plan.lanes * (plan.window + 2 * plan.block) * self._config.group_rows
-        return int(min(rows / share, len(self.selection.rows)) * self.reader.mean_row_bytes)
+        wanted = plan.lanes * (plan.window + 2 * plan.block) * self._config.group_rows / share
+        size, kept = self._config.block_rows, self.selection.rows
+        read = len(np.unique(kept // size)) * size / len(kept)
+        rows = min(wanted * read, self.source.snapshot.rows)
+        return int(rows * self.reader.mean_row_bytes)
 
     def units_in(self, epoch: int) -> int:
         """Units of an epoch, those left out for their lag not counted; >= 1."""
         return len(self._epoch(epoch)[1])
 
-    def units_of(self, span: Span) -> list[tuple[int, Unit]]:
-        """Units that a step takes, each after its place in the epoch."""
+    def units_of(self, span: Span) -> list[Unit]:
+        """Units that a step takes."""
         plan, kept = self._epoch(span.epoch)
-        start = self.selection.unit_start
+        units = kept[plan.rows_of(span.epoch, span.start, span.stop)]
+        starts, stops = self.selection.unit_start[units], self.selection.unit_start[units + 1]
         found = []
-        for g, unit in enumerate(plan.rows_of(span.epoch, span.start, span.stop), span.start):
-            at = int(kept[unit])
-            found.append((g, tuple(range(int(start[at]), int(start[at + 1])))))
+        for g, start, stop in zip(count(span.start), starts.tolist(), stops.tolist(), strict=False):
+            rows = self.selection.rows[start:stop].tolist()
+            found.append(Unit(g, rows, self.selection.lengths[start:stop].tolist()))
         return found
+
+    def packed_bytes(self, tokens: int, positions: int) -> int:
+        """What so many tokens and positions take in a micro-batch, about."""
+        return tokens * BYTES["T"] + positions * self._position_bytes
 
     def with_snapshot(self, snapshot: Snapshot) -> "Feed":
         """The same source at another snapshot."""

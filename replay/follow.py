@@ -65,3 +65,27 @@ def _group_size() -> int:
     if torch is None or not torch.distributed.is_available():
         return 0
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 0
+
+
+def check_same_on_ranks(what: dict[str, Any], world: int) -> None:
+    """Refuse streams that the ranks of one job opened differently; a collective operation where
+    torch.distributed joins so many ranks, and nothing otherwise.
+
+    Raises:
+        MismatchError: names what differs.
+    """
+    if world == 1 or _group_size() != world:
+        return
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, what)
+    for rank, theirs in enumerate(found):
+        differing = [key for key in what if theirs[key] != found[0][key]]
+        if differing:
+            expected, got = (
+                ", ".join(f"{key} = {values[key]!r}" for key in differing)
+                for values in (found[0], theirs)
+            )
+            do = "Let one rank choose the snapshot and the settings, and give them to the others."
+            raise MismatchError(f"the stream of rank {rank}", f"rank 0's {expected}", got, do)

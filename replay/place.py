@@ -55,6 +55,20 @@ def next_step(
     return spans, Place(epoch, first)
 
 
+def after_steps(place: Place, steps: int, batch: int, rows: int, last_batch: str) -> Place:
+    """The place after so many steps, where every epoch has the same number of rows."""
+    if last_batch == "carry":
+        epochs, first = divmod(place.first + steps * batch, rows)
+        return Place(place.epoch + epochs, first)
+    if place.first and _is_over(rows - place.first, batch, last_batch):
+        place = Place(place.epoch + 1, 0)
+    left = steps_in(rows - place.first, batch, last_batch)
+    if steps < left:
+        return Place(place.epoch, place.first + steps * batch)
+    epochs, more = divmod(steps - left, steps_in(rows, batch, last_batch))
+    return Place(place.epoch + 1 + epochs, more * batch)
+
+
 def steps_in(rows: int, batch: int, last_batch: str) -> int:
     """Steps in which an epoch of so many rows goes by; for "carry" rounded up."""
     return max(1, rows // batch) if last_batch == "drop" else -(-rows // batch)

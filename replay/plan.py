@@ -47,22 +47,25 @@ class Plan:
 
     def row(self, epoch: int, g: int) -> int:
         """Snapshot row that comes g-th in an epoch."""
-        lane, index = g % self.lanes, g // self.lanes
-        number, first = divmod(index + self._early(lane), self.window)
-        return int(_tile(self, epoch, lane, number)[min(first, index)])
+        return self.rows_of(epoch, g, g + 1)[0]
 
     def rows_of(self, epoch: int, start: int, stop: int) -> list[int]:
         """Snapshot rows that come start-th up to stop-th, the last excluded, in an epoch."""
-        return [self.row(epoch, g) for g in range(start, min(stop, self.rows))]
+        lanes, found = self.lanes, []
+        for g in range(start, min(stop, self.rows)):
+            index, lane = divmod(g, lanes)
+            number, first = divmod(index + self._early(lane, lanes), self.window)
+            found.append(_tile(self, epoch, lane, number)[min(first, index)])
+        return found
 
     def _lane(self, lane: int) -> tuple[int, int]:
         base, longer = divmod(self.rows, self.lanes)
         return lane * base + min(lane, longer), base + (lane < longer)
 
-    def _early(self, lane: int) -> int:
+    def _early(self, lane: int, lanes: int) -> int:
         """Rows by which the first tile of a lane is short."""
-        is_long = self.rows >= LONG * self.lanes * self.window
-        return lane * self.window // self.lanes if is_long else 0
+        is_long = self.rows >= LONG * lanes * self.window
+        return lane * self.window // lanes if is_long else 0
 
     def _listed(self, epoch: int, position: np.ndarray) -> np.ndarray:
         """Snapshot rows at positions of the epoch's list of permuted blocks."""
@@ -72,13 +75,15 @@ class Plan:
         return np.asarray(order[at] * self.block + position - before)
 
 
-@lru_cache(maxsize=256)
-def _tile(plan: Plan, epoch: int, lane: int, tile: int) -> np.ndarray:
+@lru_cache(maxsize=512)
+def _tile(plan: Plan, epoch: int, lane: int, tile: int) -> list[int]:
     start, length = plan._lane(lane)
-    first = max(0, tile * plan.window - plan._early(lane))
-    stop = min((tile + 1) * plan.window - plan._early(lane), length)
+    early = plan._early(lane, plan.lanes)
+    first = max(0, tile * plan.window - early)
+    stop = min((tile + 1) * plan.window - early, length)
     order = permutation(stop - first, plan.seed, epoch, lane, tile)
-    return plan._listed(epoch, start + first + order)
+    rows: list[int] = plan._listed(epoch, start + first + order).tolist()
+    return rows
 
 
 @lru_cache(maxsize=4)

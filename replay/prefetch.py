@@ -4,20 +4,21 @@ as far ahead as two bounds in bytes allow."""
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from stillroom.replay.batch import Batch, Empty, MicroBatch, collate
 from stillroom.replay.blocks import Blocks
+from stillroom.replay.feed import Feed
 from stillroom.replay.reader import Block
 from stillroom.replay.step import Item, Key, Position, Step
 
 MOST_STEPS = 64
 """On their way at once, however small they are."""
 
-Plan = Callable[[Position], tuple[Step, Position] | None]
-"""The step at a position and the position after it; None where reading ahead has to stop."""
+Plan = Callable[[Position], tuple[Step, Position]]
+"""The step at a position, and the position after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +67,17 @@ class Prefetch:
         """
         while True:
             if self._next is None:
-                planned = plan(self._ahead[-1][0].after if self._ahead else at)
-                if planned is None:
-                    return
-                step, after = planned
+                step, after = plan(self._ahead[-1][0].after if self._ahead else at)
                 self._next = _Coming(step, after, frozenset(step.keys()), step.bytes())
             if self._ahead and not self._fits(self._next):
                 return
             coming, self._next = self._next, None
             self._blocks.want(coming.keys)
-            batch = self._packer.submit(_pack, coming, self._blocks, self._empty)
+            try:
+                batch = self._packer.submit(_pack, coming, self._blocks, self._empty)
+            except BaseException:
+                self._blocks.release(coming.keys)
+                raise
             self._ahead.append((coming, batch))
 
     def take(self) -> tuple[Batch, Position]:
@@ -87,8 +89,10 @@ class Prefetch:
         coming, batch = self._ahead[0]
         try:
             found = batch.result()
-        except BaseException:
+        except BaseException as error:
             self.drop()
+            if isinstance(error, Exception):
+                self._blocks.settle()
             raise
         self._ahead.popleft()
         return found, coming.after
@@ -100,6 +104,10 @@ class Prefetch:
                 self._blocks.release(coming.keys)
         self._ahead.clear()
         self._next = None
+
+    def forget_all_but(self, feeds: Collection[Feed]) -> None:
+        """Forget decoded blocks of feeds that are no longer read."""
+        self._blocks.forget(lambda key: key[0] not in feeds)
 
     def close(self) -> None:
         """Drop all, and wait until the threads have ended."""
@@ -147,7 +155,7 @@ def _collate(
     rows, groups = [], []
     for number, item in enumerate(items):
         reader = item.feed.reader
-        for row in item.numbers:
+        for row in item.rows:
             rows.append(reader.row(blocks.get((item.feed, reader.block_of(row))), row))
             groups.append(number)
     shared = groups if len(rows) > len(items) else None

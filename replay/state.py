@@ -53,6 +53,7 @@ def state_of(
         "lag_half_life": config.lag_half_life,
         "step": position.step,
         "drawn": position.drawn,
+        "epoch_ended": position.epoch_ended,
         "sources": sources,
     }
 
@@ -88,7 +89,7 @@ def check_settings(
     if found != len(feeds):
         raise _others({"sources": len(feeds)}, {"sources": found})
     mine = _beginning(config, feeds, shares)
-    _check_same(mine, state, ("step", "drawn", "sources"))
+    _check_same(mine, state, ("step", "drawn", "epoch_ended", "sources"))
     for own, theirs in zip(mine["sources"], state["sources"], strict=True):
         _check_same(own, theirs, (*ROWS, *PLACE))
 
@@ -142,7 +143,11 @@ def _position(state: dict[str, Any], feeds: Sequence[Feed]) -> Position:
             expected, got = f"a place below {units} in epoch {epoch}", f"{first}"
             raise CorruptError("stream state", expected, got, DO)
         places.append(Place(epoch, first))
-    return Position(_count(state, "step"), _count(state, "drawn"), tuple(places))
+    ended = state.get("epoch_ended")
+    if not isinstance(ended, bool):
+        got = f"{ended!r:.40}"
+        raise CorruptError("stream state", "true or false as epoch_ended", got, DO)
+    return Position(_count(state, "step"), _count(state, "drawn"), tuple(places), ended)
 
 
 def _count(values: dict[str, Any], name: str) -> int:

@@ -4,22 +4,14 @@ for it; every rank finds the same plan."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from stillroom.replay.batch import LAYOUT
 from stillroom.replay.config import ReplayConfig
 from stillroom.replay.feed import Feed, Unit
 from stillroom.replay.mix import drawn
 from stillroom.replay.packing import balance, num_micro_batches
-from stillroom.replay.place import Place, Span, next_step
+from stillroom.replay.place import Place, Span, after_steps, next_step
 
 Key = tuple[Feed, int]
 """A block of a feed."""
-BYTES = {
-    axes: sum(np.dtype(dtype).itemsize for own, dtype in LAYOUT.values() if own == axes)
-    for axes in ("T", "P", "PK", "PM")
-}
-"""What a micro-batch takes, by the axes of its arrays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,29 +24,20 @@ class Position:
     """Units taken from all feeds; decides how many the next step takes from each."""
     places: tuple[Place, ...]
     """Of each feed."""
+    epoch_ended: bool = False
+    """Whether the last step was the last of its epoch, or went beyond it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Item:
     """Rows that go into one micro-batch together."""
 
     feed: Feed
-    rows: Unit
+    rows: list[int]
+    """Their numbers in the snapshot."""
     tokens: int
     """What the micro-batch holds of them: a shared prompt counts once."""
-
-    @property
-    def numbers(self) -> list[int]:
-        """The rows' numbers in the snapshot."""
-        return [int(self.feed.selection.rows[row]) for row in self.rows]
-
-    @property
-    def bytes(self) -> int:
-        """What they take in a micro-batch, about."""
-        identity = self.feed.source.cache.identity
-        positions = int(self.feed.selection.lengths[list(self.rows), 2].sum())
-        wide = BYTES["P"] + BYTES["PK"] * identity.topk + BYTES["PM"] * identity.extra
-        return self.tokens * BYTES["T"] + positions * wide
+    positions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +61,16 @@ class Step:
             (item.feed, item.feed.reader.block_of(row))
             for items in self.micro_batches
             for item in items
-            for row in item.numbers
+            for row in item.rows
         }
 
     def bytes(self) -> int:
         """What this rank's micro-batches take in memory, about."""
-        return sum(item.bytes for items in self.micro_batches for item in items)
+        return sum(
+            item.feed.packed_bytes(item.tokens, item.positions)
+            for items in self.micro_batches
+            for item in items
+        )
 
 
 class Planner:
@@ -116,19 +103,18 @@ class Planner:
         """The step at a position, and the position after it."""
         spans, after = self.spans(at)
         units = [
-            (feed, g, unit)
+            (feed, unit)
             for feed, own in zip(self.feeds, spans, strict=True)
             for span in own
-            for g, unit in feed.units_of(span)
+            for unit in feed.units_of(span)
         ]
-        lengths = [feed.selection.lengths[list(unit), 2] for feed, _, unit in units]
         lead = spans[0][0] if spans[0] else Span(at.places[0].epoch, at.places[0].first, 0)
         return Step(
             epoch=lead.epoch,
             first=lead.start,
-            rows=tuple(int(f.selection.rows[row]) for f, _, unit in units for row in unit),
-            caches=tuple(feed.number for feed, _, unit in units for _ in unit),
-            num_positions=sum(int(counts.sum()) for counts in lengths),
+            rows=tuple(row for _, unit in units for row in unit.rows),
+            caches=tuple(feed.number for feed, unit in units for _ in unit.rows),
+            num_positions=sum(length[2] for _, unit in units for length in unit.lengths),
             micro_batches=self._pack(units),
         ), after
 
@@ -141,12 +127,31 @@ class Planner:
             own, after = next_step(place, stop - start, feed.units_in, self._config.last_batch)
             spans.append(own)
             places.append(after)
-        return spans, Position(at.step + 1, total, tuple(places))
+        ended = places[0].epoch > at.places[0].epoch
+        return spans, Position(at.step + 1, total, tuple(places), ended)
 
-    def _pack(self, units: Sequence[tuple[Feed, int, Unit]]) -> tuple[tuple[Item, ...], ...]:
+    def after(self, at: Position, steps: int) -> Position:
+        """The position after so many steps; they are counted one by one only where epochs differ in
+        length."""
+        if self._config.lag_half_life is None and steps > 1:
+            at, steps = self._far(at, steps - 1), 1
+        for _ in range(steps):
+            _, at = self.spans(at)
+        return at
+
+    def _far(self, at: Position, steps: int) -> Position:
+        total, last = at.drawn + steps * self._batch, self._config.last_batch
+        before, until = drawn(at.drawn, self._shares), drawn(total, self._shares)
+        places = []
+        for feed, place, start, stop in zip(self.feeds, at.places, before, until, strict=True):
+            strides = (1, stop - start) if last == "carry" else (steps, self._batch)
+            places.append(after_steps(place, *strides, feed.units, last))
+        return Position(at.step + steps, total, tuple(places))
+
+    def _pack(self, units: Sequence[tuple[Feed, Unit]]) -> tuple[tuple[Item, ...], ...]:
         ranks: list[list[Item]] = [[] for _ in range(self._world)]
-        for feed, g, unit in units:
-            ranks[(g + feed.number) % self._world] += self._items(feed, unit)
+        for feed, unit in units:
+            ranks[(unit.g + feed.number) % self._world] += self._items(feed, unit)
         tokens = [[item.tokens for item in items] for items in ranks]
         count = num_micro_batches(tokens, self._config.max_tokens, self._most)
         own = ranks[self._rank]
@@ -155,17 +160,14 @@ class Planner:
         return (*filled, *[()] * (count - len(filled)))
 
     def _items(self, feed: Feed, unit: Unit) -> list[Item]:
-        lengths = feed.selection.lengths[list(unit)]
-        tokens = lengths[:, 0].tolist()
-        if not self._config.share_prompts:
-            return [Item(feed, (row,), count) for row, count in zip(unit, tokens, strict=True)]
+        """A unit's rows one by one, or with their prompt once, in as few pieces as may be."""
         items: list[Item] = []
-        rows: list[int] = []
-        held, prompt = 0, int(lengths[0, 1])
-        for row, count in zip(unit, tokens, strict=True):
-            if rows and held + count - prompt > self._config.max_tokens:
-                items.append(Item(feed, tuple(rows), held))
-                rows = []
-            held = held + count - prompt if rows else count
-            rows.append(row)
-        return [*items, Item(feed, tuple(rows), held)]
+        for row, (tokens, prompt, positions) in zip(unit.rows, unit.lengths, strict=True):
+            last = items[-1] if items and self._config.share_prompts else None
+            if last is not None and last.tokens + tokens - prompt <= self._config.max_tokens:
+                last.rows.append(row)
+                last.tokens += tokens - prompt
+                last.positions += positions
+            else:
+                items.append(Item(feed, [row], tokens, positions))
+        return items

@@ -7,19 +7,27 @@ next, also on another number of ranks or with another batch size.
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from stillroom.cache.errors import ConfigError, InputError, MismatchError
+from stillroom.cache.errors import (
+    ConfigError,
+    ForkedError,
+    InputError,
+    MismatchError,
+    StillroomError,
+    StorageError,
+)
 from stillroom.replay.batch import Batch, Empty
 from stillroom.replay.config import AT_EPOCH_END, ReplayConfig
 from stillroom.replay.feed import Feed, Source
-from stillroom.replay.follow import Agree, agree_among, newest_snapshots
+from stillroom.replay.follow import Agree, agree_among, check_same_on_ranks, newest_snapshots
 from stillroom.replay.mix import shares
 from stillroom.replay.place import Place, steps_in
 from stillroom.replay.prefetch import Prefetch
-from stillroom.replay.state import check_settings, check_state, snapshots_in, state_of
+from stillroom.replay.state import History, check_settings, check_state, snapshots_in, state_of
 from stillroom.replay.step import Planner, Position, Step
 
 
@@ -80,9 +88,17 @@ class ReplayStream:
         self._position = Position(0, 0, (Place(),) * len(sources))
         self._history = [[(0, source.snapshot.id)] for source in sources]
         self._looked_at = 0
+        self._agreed: tuple[int, list[str]] | None = None
+        check_same_on_ranks(self._what_ranks_share(), world)
         remote = any("://" in str(source.cache.storage.root) for source in sources)
         threads = config.read_threads(remote)
         self._ahead = Prefetch(config.cached_bytes, config.ahead_bytes, threads, empty)
+
+    def _what_ranks_share(self) -> dict[str, Any]:
+        config = self._config
+        sizes = {"batch_rows": config.batch_rows, "max_tokens": config.max_tokens}
+        sizes |= {"share_prompts": bool(config.share_prompts), "world": self._world}
+        return sizes | {"follow_every_steps": self._follow} | self.state_dict()
 
     @property
     def feeds(self) -> tuple[Feed, ...]:
@@ -129,10 +145,8 @@ class ReplayStream:
             followed = [_followed(feed, snapshot) for feed, snapshot in pairs]
         position, history = check_state(state, self._config, followed, self._shares)
         _check_batch(followed, self._config)
-        self._ahead.drop()
-        self._planner.feeds = tuple(followed)
-        self._position, self._history = position, history
-        self._looked_at = -1 if position.step else 0
+        self._replace(followed, position, history)
+        self._looked_at, self._agreed = -1 if position.step else 0, None
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches without end, epoch after epoch."""
@@ -149,17 +163,27 @@ class ReplayStream:
         self._check_usable()
         self._adopt()
         self._ahead.fill(self._plan, self._position)
-        batch, self._position = self._ahead.take()
-        self._ahead.fill(self._plan, self._position)
+        batch, after = self._ahead.take()
+        try:
+            self._ahead.fill(self._plan, after)
+        except BaseException:
+            self._ahead.drop()
+            raise
+        self._position = after
         return batch
 
     def skip(self, steps: int) -> None:
-        """Pass over steps without reading their rows."""
+        """Pass over steps without reading their rows. A stream that follows its caches looks for
+        newer commits on the way."""
         self._check_usable()
+        if steps < 0:
+            raise ConfigError("steps to skip", "0 or more", f"{steps}", "Load a state to go back.")
         self._ahead.drop()
-        for _ in range(steps):
+        for _ in range(steps if self._follow else 0):
             self._adopt()
             _, self._position = self._planner.spans(self._position)
+        if not self._follow:
+            self._position = self._planner.after(self._position, steps)
 
     def close(self) -> None:
         """End the threads; the stream gives nothing any more. In a fork, do nothing."""
@@ -183,50 +207,64 @@ class ReplayStream:
         if os.getpid() != self._pid:
             do = "Start workers with spawn, or open the stream in the child."
             got = f"a fork of it, {os.getpid()}"
-            raise ConfigError("stream", f"the process that made it, {self._pid}", got, do)
+            raise ForkedError("stream", f"the process that made it, {self._pid}", got, do)
         if self._ahead.closed:
             raise ConfigError("stream", "an open stream", "a closed one", "Open another one.")
 
-    def _plan(self, at: Position) -> tuple[Step, Position] | None:
-        """The step at a position; None where newer commits must be looked for first."""
-        if self._due(at):
-            return None
+    def _plan(self, at: Position) -> tuple[Step, Position]:
+        """The step at a position, with the snapshots of now."""
         step, after = self._planner.next(at)
-        return step, self._passed(after, self._stride - 1)
-
-    def _passed(self, at: Position, steps: int) -> Position:
-        for _ in range(steps):
-            _, at = self._planner.spans(at)
-        return at
+        return step, self._planner.after(after, self._stride - 1) if self._stride > 1 else after
 
     def _due(self, at: Position) -> bool:
         """Whether newer commits are looked for before the step at a position."""
         if not self._follow or at.step == self._looked_at:
             return False
-        if self._follow != AT_EPOCH_END:
-            return at.step % self._follow == 0
-        carried = self._config.last_batch == "carry"
-        over = self._config.batch_rows // self._config.group_rows if carried else 1
-        return all(place.first < over for place in at.places)
+        return at.epoch_ended if self._follow == AT_EPOCH_END else at.step % self._follow == 0
 
     def _adopt(self) -> None:
-        """Take up newer snapshots, if it is time to look and there are any."""
+        """Take up newer snapshots, if it is time to look and there are any.
+
+        Where the storage fails, which may be on one rank alone, the next call opens what was agreed
+        without asking the others again. Where the snapshot is at fault, it is so on all ranks, and
+        they ask anew."""
         if not self._due(self._position):
             return
         assert self._agree is not None
-        caches = [feed.source.cache for feed in self.feeds]
-        newest = self._agree(lambda: newest_snapshots(caches))
         at = self._position.step
-        feeds, places, history = list(self.feeds), list(self._position.places), list(self._history)
+        if self._agreed is None or self._agreed[0] != at:
+            caches = [feed.source.cache for feed in self.feeds]
+            self._agreed = at, self._agree(lambda: newest_snapshots(caches))
+        try:
+            self._take_up(self._agreed[1])
+        except StorageError:
+            raise
+        except StillroomError:
+            self._agreed = None
+            raise
+
+    def _take_up(self, newest: Sequence[str]) -> None:
+        """Read these snapshots from now on, in a new epoch where they are others."""
+        at, feeds, places = self._position.step, list(self.feeds), list(self._position.places)
+        history = list(self._history)
         for i, (feed, snapshot) in enumerate(zip(self.feeds, newest, strict=True)):
             if snapshot != feed.source.snapshot.id:
                 feeds[i] = _followed(feed, snapshot)
                 places[i] = Place(places[i].epoch + (places[i].first > 0), 0)
                 history[i] = [*history[i], (at, snapshot)]
         _check_batch(feeds, self._config)
-        self._planner.feeds, self._history = tuple(feeds), history
-        self._position = Position(at, self._position.drawn, tuple(places))
         self._looked_at = at
+        if tuple(feeds) != self.feeds:
+            self._replace(feeds, replace(self._position, places=tuple(places)), history)
+
+    def _replace(
+        self, feeds: Sequence[Feed], position: Position, history: Sequence[History]
+    ) -> None:
+        """Read other snapshots from now on."""
+        self._ahead.drop()
+        self._planner.feeds = tuple(feeds)
+        self._position, self._history = position, list(history)
+        self._ahead.forget_all_but(self.feeds)
 
 
 def _check_stride(stride: int, config: ReplayConfig) -> None:

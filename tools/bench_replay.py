@@ -81,8 +81,8 @@ class ReplayFigures:
     resumed: list[Resumed]
 
     @property
-    def best(self) -> Streamed:
-        """The stream with its default threads."""
+    def default(self) -> Streamed:
+        """The stream with its default threads, with which the others are compared."""
         return self.streams[-1]
 
 
@@ -217,7 +217,7 @@ def print_figures(figures: ReplayFigures) -> None:
     if figures.s3:
         say(f"S3: {figures.s3.requests:,} requests")
     if figures.peers:
-        own = figures.best.speed.positions_s
+        own = figures.default.speed.positions_s
         print_table(PEERS, [_peer(row, own) for row in figures.peers], text=("loader",))
     waited = figures.waited
     say(

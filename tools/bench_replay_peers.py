@@ -92,7 +92,7 @@ def replay_order(replayed: Replayed, config: ReplayConfig, rows: int) -> list[in
 
 def packed(rows: Iterable[Arrays], batch_rows: int) -> Iterator[Arrays]:
     """Rows end to end, so many at a time."""
-    left = iter(rows)
+    left = (row for row in rows)  # litdata begins again each time that it is iterated
     while batch := list(islice(left, batch_rows)):
         yield {name: np.concatenate([np.asarray(row[name]) for row in batch]) for name in COLUMNS}
 

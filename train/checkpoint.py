@@ -61,7 +61,7 @@ def save_checkpoint(
         return f"step-{progressed.step:08d}"
 
     write_folder(root, fill)
-    for old in sorted(root.glob("step-*"))[:-keep]:
+    for old in kept_checkpoints(root)[:-keep]:
         shutil.rmtree(old)
 
 
@@ -70,9 +70,14 @@ def checkpoints_of(output: Path, run: str) -> Path:
     return output / "checkpoints" / run
 
 
+def kept_checkpoints(root: Path) -> list[Path]:
+    """Checkpoints below root, the newest last. Unfinished ones have other names."""
+    return sorted(root.glob("step-*"))
+
+
 def newest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint below root, or None. Unfinished ones have other names."""
-    found = sorted(root.glob("step-*"))
+    """The newest checkpoint below root, or None."""
+    found = kept_checkpoints(root)
     return found[-1] if found else None
 
 

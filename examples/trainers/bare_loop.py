@@ -17,15 +17,16 @@ import torch
 from stillroom.cache.causal_lm import pick_device
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.identity import Identity
-from stillroom.cache.pins import pin, renew_pin
 from stillroom.cache.store import Cache
 from stillroom.replay.config import ReplayConfig
 from stillroom.replay.dataset import ReplayDataset, StoredSource
 from stillroom.replay.policies import check_student
 from stillroom.replay.tensors import Step, from_tensors
 from stillroom.train.objectives import divergence, token_mean
+from stillroom.train.run_snapshot import keep_snapshot, release_snapshot, snapshot_for
 from stillroom.train.student import Student, load_student, to_target
 
+RUN = "bare-loop"
 REPLAY = ReplayConfig(batch_rows=8, max_tokens=4096)
 
 
@@ -39,8 +40,7 @@ def train(
     opened, files = Cache.open(cache), inspect_model(student)
     identity = opened.identity
     check_student(files, identity.tokenizer_fingerprint, identity.vocab_size, cache)
-    snapshot = saved["snapshot"] if saved else opened.snapshot().id
-    pin(opened.storage, output.name, [snapshot])
+    snapshot = snapshot_for(opened, output, RUN, saved["snapshot"] if saved else None).id
 
     model = load_student(files, "float32", pick_device("auto")).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
@@ -59,9 +59,10 @@ def train(
         if state["step"] % save_every == 0 or state["step"] == steps:
             parts = {"student": model.state_dict(), "optimizer": optimizer.state_dict()}
             save(checkpoint, {**parts, "dataset": state, "snapshot": snapshot})
-            renew_pin(opened.storage, output.name, [snapshot])
+            keep_snapshot(opened.storage, output, RUN, snapshot)
         yield loss
     model.model.save_pretrained(output / "student")
+    release_snapshot(opened.storage, output, RUN)
 
 
 def backward(student: Student, step: Step, identity: Identity) -> float:

@@ -15,21 +15,24 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.identity import Identity
-from stillroom.cache.pins import pin
 from stillroom.cache.store import Cache
 from stillroom.replay.batch import idle_micro_batch
 from stillroom.replay.config import ReplayConfig
 from stillroom.replay.dataset import ReplayDataset, StoredSource
 from stillroom.replay.policies import check_student
 from stillroom.replay.tensors import MicroTensors, Step, from_tensors
+from stillroom.train.durable import write_file
 from stillroom.train.objectives import divergence, token_mean
+from stillroom.train.parallel import same_on_all_ranks
+from stillroom.train.run_snapshot import keep_snapshot, release_snapshot, snapshot_for
 from stillroom.train.student import Student, load_student, to_target
 
+RUN = "hf-trainer"
 REPLAY = ReplayConfig(batch_rows=8, max_tokens=4096)
 
 
@@ -83,18 +86,37 @@ class ReplayTrainer(Trainer):
         return token_mean(losses, target.mask, num_items_in_batch)
 
 
+class KeepPinned(TrainerCallback):
+    """Renews the run's pin with every checkpoint."""
+
+    def __init__(self, cache: Cache, output: Path, snapshot: str) -> None:
+        """Bind to what is pinned."""
+        self._storage, self._output, self._snapshot = cache.storage, output, snapshot
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        """Renew it, by one rank."""
+        if state.is_world_process_zero:
+            keep_snapshot(self._storage, self._output, RUN, self._snapshot)
+
+
+def choose_snapshot(cache: Cache, output: Path) -> str:
+    """Id of the snapshot that this output's run began with, pinned; the first start chooses it."""
+    chosen = output / "snapshot.txt"
+    begun = chosen.read_text() if chosen.exists() else None
+    snapshot = snapshot_for(cache, output, RUN, begun).id
+    write_file(chosen, snapshot.encode())
+    return snapshot
+
+
 def main(student: str, cache: str, output: Path, **settings: Any) -> None:
     """Train from the newest checkpoint on; settings are those of TrainingArguments."""
     opened, files = Cache.open(cache), inspect_model(student)
     identity = opened.identity
     check_student(files, identity.tokenizer_fingerprint, identity.vocab_size, cache)
     args = TrainingArguments(str(output), ignore_data_skip=True, report_to="none", **settings)
-    output.mkdir(parents=True, exist_ok=True)
-    chosen = output / "snapshot.txt"
-    if not chosen.exists():
-        chosen.write_text(opened.snapshot().id)
-    source = StoredSource(root=cache, snapshot=chosen.read_text())
-    pin(opened.storage, output.name, [source.snapshot])
+    device = "cpu" if args.use_cpu else "auto"
+    snapshot = same_on_all_ranks(lambda: choose_snapshot(opened, output), device)
+    source = StoredSource(root=cache, snapshot=snapshot)
     loaded = load_student(files, "float32", args.device)
     rank, world = args.process_index, args.world_size
     dataset = ReplayDataset(source, REPLAY, rank=rank, world=world, one_row=not loaded.packs)
@@ -102,9 +124,12 @@ def main(student: str, cache: str, output: Path, **settings: Any) -> None:
     if checkpoint:
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
         dataset.skip(state.global_step * args.gradient_accumulation_steps)
-    trainer = ReplayTrainer(loaded, identity, args=args, train_dataset=dataset)
+    keep = KeepPinned(opened, output, snapshot)
+    trainer = ReplayTrainer(loaded, identity, args=args, train_dataset=dataset, callbacks=[keep])
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(output / "student"))
+    if trainer.is_world_process_zero():
+        release_snapshot(opened.storage, output, RUN)
 
 
 if __name__ == "__main__":

@@ -125,8 +125,8 @@ class AgedCache:
             if self.commits[number, n].attempt == attempt:
                 replaced = made.aside is not None and made.aside >= 24 and live
                 return (retired or replaced) and not self.kept((number, n))
-        may_be_scored = part.retired is None and not live
-        if part.whole and (may_be_scored or not self.commits):
+        wanted = not (live or retired)
+        if part.whole and (wanted or not self.commits):
             return False
         mates = [p for p in self.hours if p.startswith(f"scores/{self.name(number)}/{attempt}/")]
         return all(self.hours[mate] >= 24 for mate in mates)

@@ -259,6 +259,49 @@ def test_a_claim_that_another_took_over_is_left_to_it(storage: Storage, renewals
     assert (found.worker, found.working) == (other.worker, True)
 
 
+@pytest.mark.parametrize("fields", [{"working": False}, {"age_s": DEAD_AFTER_S + 1}])
+def test_a_claim_that_another_took_over_and_lost_is_taken_back(
+    storage: Storage, renewals: Renewals, fields: dict[str, Any]
+) -> None:
+    slow, other = Claims(storage), Claims(storage)
+    assert slow.take(PART)
+    with slow.renewed(PART) as progress:
+        Watch.now += STALLED_AFTER_S + 1
+        assert not renewals.go_on()
+        change(storage, age_s=DEAD_AFTER_S + 1)
+        assert other.take(PART)
+        change(storage, **fields)
+        progress()
+        assert renewals.go_on()
+        found = read(storage)
+        assert (found.worker, found.working) == (slow.worker, True)
+        assert not Claims(storage).take(PART)
+
+
+@pytest.mark.parametrize("fields", [{}, {"host": "elsewhere"}])
+@pytest.mark.parametrize(("ahead_s", "dead"), [(DEAD_AFTER_S - 10, False), (1e6, True)])
+def test_a_claim_from_the_future_is_as_dead_as_one_from_the_past(
+    storage: Storage, fields: dict[str, Any], ahead_s: float, dead: bool
+) -> None:
+    """The storage's clock was set back since it was renewed."""
+    assert Claims(storage).take(PART)
+    change(storage, age_s=-ahead_s, **fields)
+    other = Claims(storage)
+    assert other.is_held(PART) == (not dead)
+    assert other.take(PART) == dead
+
+
+def test_a_claim_is_live_for_one_who_knew_the_clock_before_it_was_set_forward(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = Claims(storage)
+    before = waiting._clock.now() - 1e6
+    monkeypatch.setattr(waiting._clock, "now", lambda: before)
+    assert Claims(storage).take(PART)
+    assert waiting.is_held(PART)
+    assert not waiting.take(PART)
+
+
 def test_who_waits_asks_for_a_live_claim_once(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

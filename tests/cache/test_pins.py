@@ -77,6 +77,13 @@ def test_a_pin_is_renewed_when_less_than_half_is_left(storage: SetStorage) -> No
     assert active_pins(storage).keys() == {"run"}
 
 
+@pytest.mark.parametrize("data", [b"", b"x", b"{}"])
+def test_a_damaged_pin_of_its_own_is_put_again(storage: SetStorage, data: bytes) -> None:
+    storage.put(pin_path("run"), data)
+    assert renew_pin(storage, "run", [ONE]).snapshots == [ONE]
+    assert active_pins(storage)["run"].snapshots == [ONE]
+
+
 @pytest.mark.parametrize("run", ["", "a/b", "..", "../x", ".hidden", "a b", "a\n"])
 def test_a_name_that_is_no_path_is_refused(storage: SetStorage, run: str) -> None:
     with pytest.raises(ConfigError, match="run: expected letters"):

@@ -107,6 +107,7 @@ def check_untouched(world: AgedCache, before: set[str], after: set[str]) -> None
 @example(((Part((Made(30.0), Made(30.0))),), ()))
 @example(((Part((Made(),)), Part(strays=((30.0, 30.0),), whole=True)), ()))
 @example(((Part((Made(),)), Part(strays=((30.0,),), whole=True, retired=1.0)), ()))
+@example(((Part((Made(),)), Part(strays=((30.0,),), whole=True, retired=30.0)), ()))
 @example(((Part((Made(),), strays=((30.0, 30.0),), whole=True),), ()))
 def test_all_rubbish_and_nothing_else_is_removed(
     empty: Path, world: tuple[tuple[Part, ...], tuple[Pinned, ...]]
@@ -143,6 +144,25 @@ def test_every_kind_has_its_reason(cache: Cache) -> None:
     ]
     kept = {(item.what.split()[0], item.why) for item in plan.kept}
     assert kept == {("shard", "pinned by run run-0"), ("rollouts", "pinned by run run-0")}
+
+
+def test_a_whole_attempt_without_a_commit_is_kept_for_a_reason(cache: Cache) -> None:
+    whole = {"strays": ((50.0,),), "whole": True}
+    made = (
+        Part((Made(),)),
+        Part(**whole),  # type: ignore[arg-type]
+        Part((Made(30.0),), **whole),  # type: ignore[arg-type]
+        Part(retired=23.0, **whole),  # type: ignore[arg-type]
+        Part(retired=25.0, **whole),  # type: ignore[arg-type]
+    )
+    world = make_aged(cache, made)
+    plan = plan_collection(cache)
+    unscored = "it is whole, and its part has no live commit: restore that, or score it first"
+    retired = "it is whole, and its part was retired only 23 h ago"
+    kept = {item.what.split()[-1]: item.why for item in plan.kept}
+    names = [world.name(number) for number in range(5)]
+    assert kept == dict(zip(names[1:4], (unscored, unscored, retired), strict=True))
+    assert [item.part for item in plan.rubbish if item.kind == "attempt"] == names[4:]
 
 
 def test_the_age_is_a_parameter_and_no_less_than_a_day_by_default(cache: Cache) -> None:

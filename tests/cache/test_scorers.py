@@ -15,10 +15,16 @@ import pytest
 
 from stillroom.cache import claims, jsonfile
 from stillroom.cache.claims import Claims, claim_path
-from stillroom.cache.score import LOOK_AFTER_S, score
+from stillroom.cache.score import FULL_LOOK_EVERY, LOOK_AFTER_S, score
 from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
-from tests.cache.fakes import FakeTeacher, make_meta, random_rollouts
+from tests.cache.fakes import (
+    FakeTeacher,
+    commit_shard,
+    make_meta,
+    random_arrays,
+    random_rollouts,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 Start = Callable[[int], list[subprocess.Popen[str]]]
@@ -220,9 +226,53 @@ def test_who_waits_asks_little_and_less_and_less(
     spent: dict[str, int] = {}
     monkeypatch.setattr(time, "sleep", sleep)
     assert sorted(score(cache, FakeTeacher()).scored) == parts
-    assert spent == {"get": 99 * len(held)}
+    full = 99 // FULL_LOOK_EVERY
+    assert spent == {"get": 99 * len(held), "entry": full * 3 * len(held)}
     assert len(looks) == 100
     assert sum(looks) > 30 * 60
+
+
+def test_who_waits_looks_often_again_once_it_gets_on(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, owner = add_parts(cache, 3), Claims(cache.storage)
+    assert all(owner.take(part) for part in parts[1:])
+    looks = list[float]()
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) in (7, 10):
+            owner._put(parts[1 if len(looks) == 7 else 2], working=False)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert sorted(score(cache, FakeTeacher()).scored) == parts
+    first, longest = LOOK_AFTER_S
+    assert len(looks) == 10
+    assert looks[6] >= 0.75 * longest
+    assert looks[7] <= first < looks[8] < looks[9]
+
+
+@pytest.mark.parametrize("how", ["retired", "committed"])
+def test_who_waits_ends_once_there_is_nothing_to_score(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Although the owner of the claim lives, and renews it."""
+    parts, owner = add_parts(cache, 2), Claims(cache.storage)
+    assert owner.take(parts[1])
+    looks = list[float]()
+
+    def sleep(seconds: float) -> None:
+        owner._put(parts[1])
+        looks.append(seconds)
+        assert len(looks) <= FULL_LOOK_EVERY
+        if len(looks) == 1 and how == "retired":
+            cache.retire(parts[1], "too old")
+        elif len(looks) == 1:
+            commit_shard(cache, random_arrays(1, 5, 1), 1)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert score(cache, FakeTeacher()).scored == parts[:1]
+    assert cache.storage.exists(claim_path(parts[1]))
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, name: str, asked: dict[str, int]) -> None:

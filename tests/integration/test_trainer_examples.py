@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from stillroom.cache.pins import active_pins
 from stillroom.cache.store import Cache
 from stillroom.replay.config import ReplayConfig
 
@@ -102,6 +103,36 @@ def test_accumulated_steps_are_as_one_of_all_their_rows(
         main(str(student_dir), root, tmp_path / name, max_steps=STEPS, **settings)
     found, expected = logged_losses(tmp_path / "halves"), logged_losses(tmp_path / "whole")
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_runs_of_both_pin_their_own_until_they_end(
+    student_dir: Path, tmp_path: Path, bare_loop: Callable[..., Any], make_cache: Any
+) -> None:
+    """Though their outputs have one name; a run that was stopped goes on with its snapshot."""
+    cache = make_cache(tmp_path / "cache", rows=24)
+    root = str(cache.storage.root)
+    first = cache.snapshot().id
+
+    def pinned() -> list[list[str]]:
+        return [pin.snapshots for pin in active_pins(cache.storage).values()]
+
+    outputs = [tmp_path / name / "out" for name in "ab"]
+    runs = [bare_loop(str(student_dir), root, output, STEPS, **SAVE) for output in outputs]
+    for run in runs:
+        for _ in range(5):
+            next(run)
+    assert pinned() == [[first], [first]]
+    assert len(list(runs[1])) == STEPS - 5
+    assert pinned() == [[first]]
+    runs[0].close()
+    make_cache(tmp_path / "cache", rows=24, seed=1)
+    main = load("hf_trainer.py", "main", SMALL)
+    main(str(student_dir), root, outputs[1], max_steps=1, **LOG)
+    assert (outputs[1] / "snapshot.txt").read_text() == cache.snapshot().id != first
+    assert pinned() == [[first]]
+    rest = bare_loop(str(student_dir), root, outputs[0], STEPS, **SAVE)
+    assert len(list(rest)) == STEPS - 4
+    assert pinned() == []
 
 
 @pytest.mark.dist

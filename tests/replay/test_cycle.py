@@ -147,6 +147,17 @@ def test_a_plan_that_could_not_be_read_again_is_not_stored(
     assert store_cycle(empty_cache, "a", cycle) == cycle
 
 
+def test_a_plan_that_is_there_holds_also_where_the_other_could_not_be_read(
+    empty_cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = store_cycle(empty_cache, "a", plan())
+    larger = plan_cycle(make_prompts(40), CONFIG, policy_version=0, seed=1, unit_rollouts=2)
+    monkeypatch.setattr(cycle_module, "MAX_BYTES", len(larger.to_json()) - 1)
+    with pytest.raises(InputError):
+        store_cycle(empty_cache, "b", larger)
+    assert store_cycle(empty_cache, "a", larger) == first
+
+
 def test_a_plan_of_a_tebibyte_is_not_read(empty_cache: Cache) -> None:
     empty_cache.storage.put_new("units/a.json", b"")
     os.truncate(empty_cache.storage.folder / "units/a.json", 1 << 40)
@@ -156,11 +167,33 @@ def test_a_plan_of_a_tebibyte_is_not_read(empty_cache: Cache) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"lengths": [1]}, {"names": []}, {"tokens": "AAAA"}, {"tokens": 3}, {"lengths": None}],
+    [
+        {"lengths": [1]},
+        {"lengths": None},
+        {"lengths": {}},
+        {"lengths": [2**64 - 1, 5]},
+        {"names": []},
+        {"names": [3, None, None, None, None]},
+        {"names": "abcde"},
+        {"tokens": "AAAA"},
+        {"tokens": 3},
+        {"more": 1},
+    ],
     ids=str,
 )
 def test_damaged_prompts_are_named(change: dict[str, Any]) -> None:
     value = jsonfile.load_sealed(plan().to_json(), "x")
     value["prompts"] |= change
+    with pytest.raises(CorruptError, match=r"units/a\.json"):
+        Cycle.from_json(jsonfile.dump_sealed(value), "units/a.json")
+
+
+@pytest.mark.parametrize("kind", ["negative", "bool", "float"])
+def test_lengths_that_are_none_are_refused_though_they_add_up(kind: str) -> None:
+    value = jsonfile.load_sealed(plan().to_json(), "x")
+    first, second, *rest = value["prompts"]["lengths"]
+    both = first + second
+    wrong = {"negative": [-1, both + 1], "bool": [True, both - 1], "float": [float(first), second]}
+    value["prompts"]["lengths"] = [*wrong[kind], *rest]
     with pytest.raises(CorruptError, match=r"units/a\.json"):
         Cycle.from_json(jsonfile.dump_sealed(value), "units/a.json")

@@ -1,6 +1,8 @@
 """Following a growing cache: newer commits are taken up at the next boundary, and not before."""
 
+import gc
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from stillroom.cache.errors import (
     InputError,
     MismatchError,
     MissingError,
+    StorageError,
 )
 from stillroom.cache.store import Cache
 from stillroom.cache.zarr_layout import OBJECT_NAME
@@ -365,3 +368,69 @@ def test_only_the_cache_that_grew_begins_an_epoch(cache: Cache, other_cache: Cac
     assert (grown["epoch"], grown["first"], len(grown["history"])) == (1, 3, 2)
     assert (still["epoch"], still["first"], len(still["history"])) == (0, 12, 1)
     stream.close()
+
+
+def test_what_is_read_ahead_stays_where_nothing_is_new(follow: Follow) -> None:
+    stream = follow(follow_every_steps=1)
+    stream.next_batch()
+    assert len(stream._ahead._ahead) > 3
+
+
+def test_snapshots_that_were_left_are_forgotten(cache: Cache, follow: Follow) -> None:
+    stream = follow(follow_every_steps=1)
+    feeds = []
+    for unit in range(2, 8):
+        stream.next_batch()
+        feeds.append(weakref.ref(stream.feeds[0]))
+        add_scored_part(cache, 0, unit, 5)
+    stream.next_batch()
+    gc.collect()
+    assert sum(feed() is not None for feed in feeds) <= 1
+    assert {feed for feed, _ in stream._ahead._blocks._held} == set(stream.feeds)
+
+
+def test_a_rank_whose_storage_failed_opens_what_was_agreed_without_asking_again(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def agree(choose: Callable[[], Any]) -> Any:
+        asked.append(choose())
+        return asked[-1]
+
+    config = replace(CONFIG, follow_every_steps=1)
+    stream = ReplayStream(Source(cache, cache.snapshot()), config, agree=agree)
+    stream.next_batch()
+    add_scored_part(cache, 0, 2, 5)
+    with monkeypatch.context() as patch:
+        failure = StorageError("here", "an answer", "none", "Wait.")
+        patch.setattr(Cache, "open_snapshot", lambda *_: (_ for _ in ()).throw(failure))
+        for _ in range(2):
+            with pytest.raises(StorageError):
+                stream.next_batch()
+    add_scored_part(cache, 0, 3, 5)
+    batch = stream.next_batch()
+    assert len(asked) == 1
+    assert [stream.snapshots] == asked
+    assert (batch.epoch, batch.first) == (1, 0)
+    stream.close()
+
+
+def test_a_larger_batch_after_resuming_does_not_end_a_carried_epoch(
+    cache: Cache, follow: Follow
+) -> None:
+    settings = {"last_batch": "carry", "follow_every_steps": -1}
+    stream = follow(**settings)
+    stream.next_batch()
+    state = stream.state_dict()
+    add_scored_part(cache, 0, 2, 5)
+    resumed = ReplayStream(
+        Source(cache, cache.open_snapshot(stream.snapshots[0])),
+        replace(CONFIG, **settings, batch_rows=8),
+    )
+    resumed.load_state_dict(state)
+    batch = resumed.next_batch()
+    assert (batch.epoch, batch.first) == (0, 4), "the rest of the epoch comes first"
+    assert resumed.next_batch().epoch == 0
+    assert len(history(resumed)) == 1
+    resumed.close()

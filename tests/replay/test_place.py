@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillroom.replay.place import LAST_BATCHES, Place, Span, next_step, steps_in
+from stillroom.replay.place import LAST_BATCHES, Place, Span, after_steps, next_step, steps_in
 
 sizes = st.lists(st.integers(1, 20), min_size=1, max_size=6)
 """Rows of epochs, over and over: a thinned epoch has fewer."""
@@ -123,3 +123,21 @@ def test_steps_of_an_epoch(rows: int, batch: int, keep: int, drop: int) -> None:
     assert [steps_in(rows, batch, kind) for kind in ("keep", "carry", "drop")] == [keep, keep, drop]
     own = [step for step in walk([rows], batch, "drop", 9) if step[0][0] == 0]
     assert len(own) == drop
+
+
+@given(
+    rows=st.integers(1, 30),
+    batch=st.integers(1, 40),
+    start=st.integers(0, 29),
+    steps=st.integers(0, 40),
+    last_batch=st.sampled_from(LAST_BATCHES),
+)
+def test_many_steps_at_once_end_where_one_after_another_does(
+    rows: int, batch: int, start: int, steps: int, last_batch: str
+) -> None:
+    place = Place(3, start % rows)
+    expected = place
+    for _ in range(steps):
+        _, expected = next_step(expected, batch, lambda _: rows, last_batch)
+    if steps:
+        assert after_steps(place, steps, batch, rows, last_batch) == expected

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from dataclasses import fields, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from stillroom.replay.config import ReplayConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.prefetch import MOST_STEPS, Prefetch
 from stillroom.replay.reader import Block, RowReader
+from stillroom.replay.step import Position, Step
 from stillroom.replay.stream import ReplayStream
 
 CONFIG = ReplayConfig(batch_rows=5, max_tokens=40, block_rows=4, window_rows=5, threads=2)
@@ -296,10 +298,11 @@ def test_a_stream_does_not_travel(scored_cache: Cache, duplicate: Callable[[Any]
 
 FORK = """
 import gc, os, sys
-from stillroom.cache.errors import ConfigError
+from stillroom.cache.errors import ForkedError
 from stillroom.cache.store import Cache
 from stillroom.replay.config import ReplayConfig
 from stillroom.replay.feed import Source
+from stillroom.replay.step import Position, Step
 from stillroom.replay.stream import ReplayStream
 
 cache = Cache.open(sys.argv[1])
@@ -312,7 +315,7 @@ if not child:
                 lambda: stream.load_state_dict(stream.state_dict())):
         try:
             use()
-        except ConfigError as error:
+        except ForkedError as error:
             assert "the process that made it" in str(error) and "spawn" in str(error)
         else:
             os._exit(3)
@@ -342,3 +345,59 @@ def test_a_program_that_ends_without_closing_ends(scored_cache: Cache) -> None:
     command = [sys.executable, "-c", script, str(scored_cache.storage.root)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")
+
+
+def test_blocks_are_read_at_the_same_time(scored_cache: Cache, monkeypatch: Any) -> None:
+    """Four threads wait for one another in their reads: one after another would never end."""
+    together, read = threading.Barrier(4, timeout=30), RowReader.read
+    left = threading.Semaphore(4)
+
+    def meet(reader: RowReader, block: int) -> Any:
+        if left.acquire(blocking=False):
+            together.wait()
+        return read(reader, block)
+
+    monkeypatch.setattr(RowReader, "read", meet)
+    with open_stream(scored_cache, threads=4) as stream:
+        stream.next_batch()
+    assert not together.broken
+
+
+def test_an_interrupt_while_planning_ahead_loses_no_batch(scored_cache: Cache) -> None:
+    with open_stream(scored_cache) as sound:
+        expected = [sound.next_batch() for _ in range(10)]
+    with open_stream(scored_cache, ahead_bytes=1) as stream:
+        plan, calls = stream._plan, count()
+
+        def interrupted(at: Position) -> tuple[Step, Position]:
+            if next(calls) in (3, 4, 9):
+                raise KeyboardInterrupt
+            return plan(at)
+
+        stream._plan = interrupted  # type: ignore[method-assign]
+        found: list[Batch] = []
+        interrupts = 0
+        while len(found) < 10:
+            try:
+                found.append(stream.next_batch())
+            except KeyboardInterrupt:
+                interrupts += 1
+    assert interrupts == 3
+    assert all(map(same, found, expected))
+
+
+@pytest.mark.parametrize("last_batch", ["keep", "drop", "carry"])
+@pytest.mark.parametrize("half_life", [None, 1.0])
+def test_skipping_is_taking_without_reading(
+    scored_cache: Cache, last_batch: str, half_life: float | None
+) -> None:
+    settings = {"last_batch": last_batch, "lag_half_life": half_life}
+    with open_stream(scored_cache, **settings) as taken:
+        for step in range(17):
+            with open_stream(scored_cache, **settings) as skipped:
+                skipped.skip(step // 2)
+                skipped.skip(step - step // 2)
+                assert skipped.state_dict() == taken.state_dict()
+            taken.next_batch()
+        with pytest.raises(ConfigError, match="steps to skip"):
+            taken.skip(-1)

@@ -56,7 +56,7 @@ def test_a_state_is_plain_and_small(scored_cache: Cache) -> None:
     stream = stream_of(whole(scored_cache), lag_half_life=2.0)
     stream.next_batch()
     state = stream.state_dict()
-    assert plain_types(state) <= {dict, list, str, int, float, type(None)}
+    assert plain_types(state) <= {dict, list, str, int, float, bool, type(None)}
     assert len(json.dumps(state)) < 600
     stream.close()
 

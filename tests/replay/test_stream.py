@@ -235,6 +235,7 @@ def test_the_state_is_a_small_plain_dict(scored_cache: Cache) -> None:
         "lag_half_life": None,
         "step": 9,
         "drawn": 54,
+        "epoch_ended": False,
         "sources": [
             {
                 "identity": scored_cache.identity.digest(),

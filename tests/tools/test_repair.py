@@ -12,6 +12,7 @@ from stillroom.cache.quarantine import damaged_commits, put_quarantine, quaranti
 from stillroom.cache.score import score
 from stillroom.cache.storage import Entry, Storage
 from stillroom.cache.store import Cache
+from stillroom.cache.tombstones import put_tombstone
 from stillroom.tools.findings import Report
 from stillroom.tools.repair import repair
 from stillroom.tools.verify import verify
@@ -215,6 +216,53 @@ def test_a_storage_that_fails_at_the_second_look(
     assert report.repaired == []
     assert len(report.errors) == 1
     assert cache.is_scored(LIVE)
+
+
+def test_what_was_set_aside_before_a_failure_stays_so(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts are looked at and set aside one after the other."""
+    for part in (LIVE, OTHER):
+        flip(shard_object(root, part), 300)
+    cache = Cache.open(root)
+    report = verify(cache)
+    first, last = sorted((LIVE, OTHER))
+    list_objects, looked = Storage.list, list[str]()
+
+    def failing(self: Storage, prefix: str) -> list[Entry]:
+        if prefix.startswith("commits"):
+            looked.append(prefix)
+        if len(looked) == 2:
+            raise StorageError(prefix, "to list it", "a timeout", "Try again.")
+        return list_objects(self, prefix)
+
+    monkeypatch.setattr(Storage, "list", failing)
+    with pytest.raises(StorageError):
+        repair(cache, report, deep=False)
+    monkeypatch.undo()
+    assert damaged_commits(cache.storage) == {(first, 0)}
+    assert [one.object for one in run_repair(root).repaired] == [commit_path(last, 0)]
+
+
+def test_bytes_that_gc_removes_during_the_second_look_are_not_damage(
+    root: Path, monkeypatch: pytest.MonkeyPatch, tree: Any
+) -> None:
+    flip(shard_object(root, LIVE), 300)
+    cache = Cache.open(root)
+    report = verify(cache)
+    list_objects = Storage.list
+
+    def collecting(self: Storage, prefix: str) -> list[Entry]:
+        found = list_objects(self, prefix)
+        if prefix == "removed" and not found:
+            put_tombstone(cache.storage, LIVE, 0, "0" * 32)
+            shard_object(root, LIVE).unlink()
+        return found
+
+    monkeypatch.setattr(Storage, "list", collecting)
+    repair(cache, report, deep=False)
+    assert report.repaired == []
+    assert not (root / quarantine_path(LIVE, 0)).exists()
 
 
 def test_another_process_repaired_it_meanwhile(root: Path) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from stillroom.cache import jsonfile
+from stillroom.cache.errors import CorruptError
 from stillroom.cache.storage import Storage
-from stillroom.train.drift import DriftMeter, put_drift
+from stillroom.train.drift import MAX_LOG_RATIO, DriftMeter, put_drift
 
 
 def test_formulas() -> None:
@@ -86,3 +87,61 @@ def test_state_and_merge() -> None:
         assert found.keys() == expected.keys()
         for policy, values in expected.items():
             assert found[policy] == pytest.approx(values)
+
+
+@pytest.mark.parametrize("version", [-1, 0, 1_700_000_000, 2**31 - 1])
+def test_every_policy_version_that_a_row_can_have_goes_on_from_a_checkpoint(version: int) -> None:
+    first, second = DriftMeter(policy_version=0), DriftMeter(policy_version=0)
+    first.add(np.zeros(3), np.array([0.1, -0.1, 0.3]), np.full(3, version, np.int32))
+    second.restore(jsonfile.load(jsonfile.dump(first.state()), "x"))
+    assert second.state() == first.state()
+    assert second.take().keys() == {str(version)}
+
+
+@pytest.mark.parametrize("version", ["-2", "2147483648", "01", "+1", "1_0", "", "9999999999"])
+def test_other_policy_versions_are_refused(version: str) -> None:
+    meter = DriftMeter(policy_version=0)
+    same = np.zeros(3)
+    meter.add(same, same, np.zeros(3, int))
+    with pytest.raises(CorruptError, match="expected a policy version"):
+        meter.restore({version: meter.state()["0"]})
+
+
+@pytest.mark.parametrize(
+    ("n", "log_ratio", "ratio", "ratio_squared"),
+    [
+        (0, 0.0, 0.0, 0.0),
+        (1, 20.0, 1e-9, 1e15),
+        (1, -20.0, 1e-9, 1e-18),
+        (1, 0.0, 0.9, 1.0),
+        (2, 0.0, 2.0, 1.9),
+        (2, 0.0, 2.0, -2.0),
+        (2, 1.0, 2.0, 2.0),
+        (2, 41.0, 1e9, 1e18),
+        (2, -41.0, 1e-8, 1e-16),
+        (1, math.nan, 1.0, 1.0),
+        (1, 0.0, math.nan, 1.0),
+        (1, 0.0, 1.0, math.nan),
+        (1, 0.0, math.inf, math.inf),
+    ],
+)
+def test_sums_that_no_tokens_have_are_refused(
+    n: int, log_ratio: float, ratio: float, ratio_squared: float
+) -> None:
+    sums = {"n": n, "log_ratio": log_ratio, "ratio": ratio, "ratio_squared": ratio_squared}
+    with pytest.raises(CorruptError, match="drift in a checkpoint, policy 0"):
+        DriftMeter(policy_version=0).restore({"0": sums})
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-9, 1.0, 15.0, 1e6])
+def test_sums_of_tokens_are_taken(spread: float) -> None:
+    """Also where every token lies at a bound, and after many small additions."""
+    rng, meter = np.random.default_rng(7), DriftMeter(policy_version=0)
+    for size in (1, 1, *[50] * 200):
+        drawn = rng.normal(MAX_LOG_RATIO if spread > 100 else 0, spread, size)
+        meter.add(drawn.astype(np.float32), np.zeros(size, np.float32), np.arange(size) % 2)
+    for sign in (-1, 1):
+        meter.add(np.full(9, sign * 1e9), np.zeros(9), np.full(9, 5 + sign))
+    restored = DriftMeter(policy_version=0)
+    restored.restore(meter.state())
+    assert restored.by_policy == meter.by_policy

@@ -14,6 +14,7 @@ import torch
 from stillroom.cache.errors import ConfigError, NumericsError
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.pins import active_pins
+from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
 from stillroom.replay.config import ReplayConfig
 from stillroom.train.config import TrainConfig
@@ -208,6 +209,39 @@ def test_a_run_pins_what_it_trains_on(
     assert active_pins(cache.storage) == {}
     made._take_step(made.stream.next_batch(), TrainReport())
     assert active_pins(cache.storage)[name].snapshots == [chosen]
+
+
+def test_a_run_that_follows_pins_before_it_opens(
+    make_cache: Callable[..., Cache],
+    student_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And what its checkpoint would go on with stays pinned beside it."""
+    cache = make_cache(tmp_path / "root")
+    first = snapshot_for(cache, tmp_path, "r").id
+    name = pin_name(tmp_path, "r")
+    replay = replace(REPLAY, follow_every_steps=2)
+    config = replace(CONFIG, replay=replay, checkpoint_every_steps=1, drift_every_steps=100)
+    made = trainer(cache, student_dir, tmp_path, config)
+    open_snapshot, opened = Cache.open_snapshot, dict[str, list[str]]()
+
+    def noting(self: Cache, snapshot_id: str) -> Snapshot:
+        opened[snapshot_id] = active_pins(cache.storage)[name].snapshots
+        return open_snapshot(self, snapshot_id)
+
+    monkeypatch.setattr(Cache, "open_snapshot", noting)
+    for _ in range(2):
+        made._take_step(made.stream.next_batch(), TrainReport())
+    make_cache(tmp_path / "root", seed=1)
+    second = cache.snapshot().id
+    batch = made.stream.next_batch()
+    assert made.stream.snapshots == [second] != [first]
+    assert opened == {second: sorted([first, second])}
+    made._take_step(batch, TrainReport())
+    assert active_pins(cache.storage)[name].snapshots == sorted([first, second])
+    made._take_step(made.stream.next_batch(), TrainReport())
+    assert active_pins(cache.storage)[name].snapshots == [second], "two checkpoints are kept"
 
 
 def test_a_stopped_run_goes_on_with_its_snapshot(
