@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from stillroom.cache.errors import ConfigError, StillroomError
+from stillroom.cache.errors import ConfigError, MismatchError, StillroomError
 from stillroom.cache.store import Cache
 
 T = TypeVar("T")

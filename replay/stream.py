@@ -15,8 +15,6 @@ import numpy as np
 from stillroom.cache.errors import (
     ConfigError,
     ForkedError,
-    InputError,
-    MismatchError,
     StillroomError,
     StorageError,
 )
@@ -29,6 +27,7 @@ from stillroom.replay.place import Place, steps_in
 from stillroom.replay.prefetch import Prefetch
 from stillroom.replay.state import History, check_settings, check_state, snapshots_in, state_of
 from stillroom.replay.step import Planner, Position, Step
+from stillroom.replay.stream_checks import check_batch, check_ranks, check_sources, check_stride
 
 
 class ReplayStream:
@@ -68,9 +67,9 @@ class ReplayStream:
     ) -> None:
         """Choose rows; none is read yet, unless a filter needs columns."""
         sources = [sources] if isinstance(sources, Source) else list(sources)
-        _check_ranks(rank, world)
-        _check_stride(stride, config)
-        _check_sources(sources, config, vocab_size)
+        check_ranks(rank, world)
+        check_stride(stride, config)
+        check_sources(sources, config, vocab_size)
         self._config, self._stride, self._world = config, stride, world
         self._pid = os.getpid()
         self._follow = config.follow_every_steps
@@ -84,7 +83,7 @@ class ReplayStream:
             world,
             one_row,
         )
-        _check_batch(self.feeds, config)
+        check_batch(self.feeds, config)
         self._position = Position(0, 0, (Place(),) * len(sources))
         self._history = [[(0, source.snapshot.id)] for source in sources]
         self._looked_at = 0
@@ -144,7 +143,7 @@ class ReplayStream:
             pairs = zip(followed, snapshots_in(state), strict=True)
             followed = [_followed(feed, snapshot) for feed, snapshot in pairs]
         position, history = check_state(state, self._config, followed, self._shares)
-        _check_batch(followed, self._config)
+        check_batch(followed, self._config)
         self._replace(followed, position, history)
         self._looked_at, self._agreed = -1 if position.step else 0, None
 
@@ -252,7 +251,7 @@ class ReplayStream:
                 feeds[i] = _followed(feed, snapshot)
                 places[i] = Place(places[i].epoch + (places[i].first > 0), 0)
                 history[i] = [*history[i], (at, snapshot)]
-        _check_batch(feeds, self._config)
+        check_batch(feeds, self._config)
         self._looked_at = at
         if tuple(feeds) != self.feeds:
             self._replace(feeds, replace(self._position, places=tuple(places)), history)
@@ -265,54 +264,6 @@ class ReplayStream:
         self._planner.feeds = tuple(feeds)
         self._position, self._history = position, list(history)
         self._ahead.forget_all_but(self.feeds)
-
-
-def _check_stride(stride: int, config: ReplayConfig) -> None:
-    if stride < 1 or (stride > 1 and config.follow_every_steps):
-        got, do = f"{stride}", "Set replay.follow_every_steps to 0, or stride to 1."
-        raise ConfigError("stride", "at least 1, and 1 where a cache is followed", got, do)
-
-
-def _check_ranks(rank: int, world: int) -> None:
-    if not 0 <= rank < world:
-        do = "Check how the job was launched."
-        raise ConfigError("rank", f"0 to {world - 1}", f"{rank}", do)
-
-
-def _check_sources(sources: Sequence[Source], config: ReplayConfig, vocab_size: int | None) -> None:
-    """Refuse empty snapshots, and caches whose tokens or temperatures differ."""
-    if not sources:
-        raise ConfigError("sources", "a cache at least", "none", "Name one.")
-    for source in sources:
-        if not source.snapshot.rows:
-            do = "Roll out and score first, or widen the policies that are replayed."
-            where = source.cache.storage.root
-            raise InputError(where, "rows to replay", "an empty snapshot", do)
-    first = sources[0].cache.identity
-    if vocab_size not in (None, first.vocab_size):
-        where, do = sources[0].cache.storage.root, "Choose a student with the teacher's tokenizer."
-        raise MismatchError(where, f"a vocabulary of {vocab_size}", f"{first.vocab_size}", do)
-    for source in sources[1:]:
-        for name in ("tokenizer_fingerprint", "vocab_size", "temperature"):
-            own, other = getattr(first, name), getattr(source.cache.identity, name)
-            if own != other:
-                do = "Mix caches of one tokenizer and temperature."
-                where = source.cache.storage.root
-                raise MismatchError(where, f"{name} = {own!r}", f"{other!r}", do)
-    if len(sources) > 1 and (config.last_batch != "carry" or config.follow_every_steps < 0):
-        got = f"{config.last_batch} and {config.follow_every_steps}"
-        expected = "carry, and no epoch's end to follow at, for several caches"
-        do = "Their epochs end at different steps: change the settings."
-        raise ConfigError("replay.last_batch, follow_every_steps", expected, got, do)
-
-
-def _check_batch(feeds: Sequence[Feed], config: ReplayConfig) -> None:
-    units = sum(feed.units for feed in feeds)
-    wanted = config.batch_rows // config.group_rows
-    if wanted > units:
-        kind = "rows" if config.group_rows == 1 else f"groups of up to {config.group_rows} rows"
-        do = "Lower replay.batch_rows, or replay more."
-        raise InputError("replay.batch_rows", f"at most the {units} {kind}", f"{wanted}", do)
 
 
 def _followed(feed: Feed, snapshot: str) -> Feed:

@@ -117,18 +117,9 @@ def bench_replay(
         names = loaders() if with_peers else []
         with Progress("bench", len(THREADS) + len(names) + with_s3 + 2, "figures") as progress:
 
-            def measured(*work: Any) -> Any:
-                value = alone(*work)
+            def done(value: Any) -> Any:
                 progress.advance(1)
                 return value
-
-            def peer(name: str) -> PeerSpeed:
-                try:
-                    found: PeerSpeed = alone(measure_peer, name, replayed, config, most_s=PEER_S)
-                except (TimeoutError, EOFError) as error:
-                    found = PeerSpeed(name=name, failed=str(error))
-                progress.advance(1)
-                return found
 
             return ReplayFigures(
                 rows=snapshot.rows,
@@ -138,15 +129,24 @@ def bench_replay(
                 streams=[
                     Streamed(
                         threads=ReplayConfig(threads=threads).read_threads(remote=False),
-                        speed=measured(deliver, replayed, ReplayConfig(threads=threads)),
+                        speed=done(alone(deliver, replayed, ReplayConfig(threads=threads))),
                     )
                     for threads in THREADS
                 ],
-                peers=[peer(name) for name in names],
+                peers=[done(_peer(name, replayed, config)) for name in names],
                 s3=_from_s3(replayed) if with_s3 else None,
-                waited=measured(wait, replayed, config, tokens_s, WAIT_S),
-                resumed=measured(resume, replayed, config),
+                waited=done(alone(wait, replayed, config, tokens_s, WAIT_S)),
+                resumed=done(alone(resume, replayed, config)),
             )
+
+
+def _peer(name: str, replayed: Replayed, config: ReplayConfig) -> PeerSpeed:
+    """Another loader, in a process of its own that is given so much time."""
+    try:
+        found: PeerSpeed = alone(measure_peer, name, replayed, config, most_s=PEER_S)
+    except (TimeoutError, EOFError) as error:
+        found = PeerSpeed(name=name, failed=str(error))
+    return found
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def replay_order(replayed: Replayed, config: ReplayConfig, rows: int) -> list[in
     with ReplayStream(replayed.source(), config) as stream:
         (feed,) = stream.feeds
         units = feed.units_of(Span(0, 0, rows))
-        return [int(feed.selection.rows[row]) % rows for _, unit in units for row in unit]
+        return [row % rows for unit in units for row in unit.rows]
 
 
 def packed(rows: Iterable[Arrays], batch_rows: int) -> Iterator[Arrays]:

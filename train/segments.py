@@ -49,7 +49,7 @@ class Segments:
                 spans.append(
                     Span(start, stop, *(bounds[before] if before >= 0 else (start, start)))
                 )
-        return cls(tuple(spans), torch.from_numpy(row_start).to(device))
+        return cls(tuple(spans), on_device(row_start, device))
 
     @property
     def shares(self) -> bool:

@@ -21,8 +21,8 @@ from stillroom.cache.summarise import summarise
 from stillroom.cache.tail_draws import uniforms
 from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec, TeacherConfig
 from stillroom.cache.transformers_teacher import TransformersTeacher
-from stillroom.replay.sampler import SamplerConfig
 from stillroom.replay.config import ReplayConfig
+from stillroom.replay.sampler import SamplerConfig
 from stillroom.replay.transformers_sampler import TransformersSampler
 from stillroom.train.config import TrainConfig
 from stillroom.train.trainer import ReplayTrainer

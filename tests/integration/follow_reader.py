@@ -9,12 +9,13 @@ import pickle
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from stillroom.cache.errors import CorruptError
+from stillroom.cache.errors import CorruptError, MismatchError
 from stillroom.cache.store import Cache
 from stillroom.replay.config import ReplayConfig
 from stillroom.replay.feed import Source
@@ -39,6 +40,15 @@ def caught(error: Exception) -> str:
     return "nothing"
 
 
+def opened_differently(source: Source, config: ReplayConfig, rank: int, world: int) -> str:
+    """What the ranks see that open streams with seeds of their own."""
+    try:
+        ReplayStream(source, replace(config, seed=rank), rank=rank, world=world)
+    except MismatchError as error:
+        return str(error)
+    return "nothing"
+
+
 def main() -> None:
     """Arguments: root, snapshot, folder for what comes out, settings as JSON, rank, world, steps
     and adoptions to be made at least."""
@@ -48,7 +58,9 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     cache = Cache.open(root)
     source = Source(cache, cache.open_snapshot(snapshot))
-    stream = ReplayStream(source, ReplayConfig(**json.loads(settings)), rank=rank, world=world)
+    config = ReplayConfig(**json.loads(settings))
+    refused = opened_differently(source, config, rank, world)
+    stream = ReplayStream(source, config, rank=rank, world=world)
     log: list[dict[str, Any]] = []
     followed: list[str] = []
     while len(log) < steps or len(followed) <= adoptions:
@@ -57,7 +69,8 @@ def main() -> None:
         log.append({"state": state, "snapshot": stream.snapshots[0], "batch": batch})
         followed += [new for new in stream.snapshots if new not in followed]
         time.sleep(0.01)
-    found = {"log": log, "errors": [caught(error) for error in (BROKEN, threading.ThreadError())]}
+    errors = [caught(error) for error in (BROKEN, threading.ThreadError())]
+    found = {"log": log, "errors": errors, "refused": refused}
     Path(folder, f"rank-{rank}").write_bytes(pickle.dumps(found))
     # Taking the process group down can hang: gloo's thread waits for the GIL that its joiner holds.
     os._exit(0)

@@ -69,6 +69,8 @@ class Got:
     """Of each rank."""
     errors: list[list[str]]
     """What each rank saw of errors that rank 0 met."""
+    refused: list[str]
+    """What each rank saw of streams with seeds of their own."""
 
 
 def read_while_written(folder: Path, world: int) -> Got:
@@ -85,7 +87,7 @@ def read_while_written(folder: Path, world: int) -> Got:
         _, error = writer.communicate(timeout=TIMEOUT_S)
         assert writer.returncode == 0, error.decode()
     found = [pickle.loads((folder / f"rank-{r}").read_bytes()) for r in range(world)]
-    return Got(cache, [one["log"] for one in found], [one["errors"] for one in found])
+    return Got(cache, *([one[name] for one in found] for name in ("log", "errors", "refused")))
 
 
 def _wait_for_readers(common: tuple[object, ...], world: int, rank: int = 0) -> None:
@@ -161,3 +163,8 @@ def test_an_error_of_rank_0_is_raised_on_all_ranks(got: Got) -> None:
     damaged = "CorruptError: commits/x: expected a commit; got none. Restore it."
     strange = "RuntimeError: rank 0: RuntimeError()"
     assert got.errors == [[damaged, strange]] * len(got.logs)
+
+
+def test_streams_that_ranks_open_differently_are_refused_on_all(got: Got) -> None:
+    assert len(set(got.refused)) == 1
+    assert "the stream of rank 1: expected rank 0's seed = 0; got seed = 1" in got.refused[0]
