@@ -72,9 +72,18 @@ def load_causal_lm(files: ModelFiles, dtype: str, device: torch.device) -> PreTr
 
 
 def trunk(model: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """Last hidden states (B, T, H), after the final norm."""
+    """Last hidden states (B, T, H), after the final norm.
+
+    Raises:
+        InputError: the architecture has no trunk that gives them.
+    """
     output = model.base_model(input_ids=input_ids, use_cache=False, **kwargs)
-    return cast(torch.Tensor, output.last_hidden_state)
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None:
+        expected, got = "a trunk that gives last hidden states", type(output).__name__
+        do = "This architecture is not supported yet."
+        raise InputError(type(model).__name__, expected, got, do)
+    return cast(torch.Tensor, hidden)
 
 
 def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

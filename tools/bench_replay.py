@@ -133,14 +133,14 @@ def bench_replay(
                     )
                     for threads in THREADS
                 ],
-                peers=[done(_peer(name, replayed, config)) for name in names],
+                peers=[done(_measured_peer(name, replayed, config)) for name in names],
                 s3=_from_s3(replayed) if with_s3 else None,
                 waited=done(alone(wait, replayed, config, tokens_s, WAIT_S)),
                 resumed=done(alone(resume, replayed, config)),
             )
 
 
-def _peer(name: str, replayed: Replayed, config: ReplayConfig) -> PeerSpeed:
+def _measured_peer(name: str, replayed: Replayed, config: ReplayConfig) -> PeerSpeed:
     """Another loader, in a process of its own that is given so much time."""
     try:
         found: PeerSpeed = alone(measure_peer, name, replayed, config, most_s=PEER_S)

@@ -8,6 +8,7 @@ flash attention serves all segments.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from stillroom.cache.errors import ShapeError
 from stillroom.train.segments import Segments, Span
 
 NAME = "stillroom_rows"
+HARMLESS = (
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+    *("position_ids", "cache_position", "deterministic", "output_router_logits"),
+)
+"""Keywords that change nothing here: where segments lie is known, and positions are in the keys."""
 
 
 def row_attention(
@@ -35,7 +41,8 @@ def row_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    **_: Any,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of every segment with its prefix and itself.
 
@@ -51,13 +58,17 @@ def row_attention(
         sliding_window: tokens that a query sees, itself included; None for all before it.
         softcap: scores become softcap * tanh(score / softcap).
         s_aux: (heads,), the score of an attention sink of each head.
+        is_causal: must not be False.
+        others: may be HARMLESS ones, None or False: what an architecture passes besides, such as a
+            choice of keys or a bias, would be lost.
 
     Returns:
         (1, T, heads, D), and no weights.
 
     Raises:
-        ShapeError: not a packed batch.
+        ShapeError: not a packed batch, or more than this attention can do.
     """
+    _check_others(module, is_causal, others)
     if segments is None or attention_mask is not None or query.shape[0] != 1:
         got = f"batch {query.shape[0]}, mask {attention_mask is not None}"
         do = "Load the student with train.student.load_student and give it packed micro-batches."
@@ -77,6 +88,19 @@ def row_attention(
         else:
             out.append(_attend_plainly(part, keys, values, mask, dropout, scaling, softcap, s_aux))
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _check_others(
+    module: torch.nn.Module, is_causal: bool | None, others: Mapping[str, Any]
+) -> None:
+    lost = [n for n, v in others.items() if n not in HARMLESS and v is not None and v is not False]
+    if is_causal is False:
+        lost.append("is_causal = False")
+    if lost:
+        do = "Take one row a micro-batch, with the model's own attention."
+        raise ShapeError(
+            type(module).__name__, "causal attention, no more", ", ".join(lost), do
+        )
 
 
 def _seen(span: Span, window: int | None) -> slice:
@@ -100,7 +124,7 @@ def _attend(
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    if query.is_cuda and mask is not None:  # no fused kernel takes a mask and grouped heads there
+    if query.is_cuda and not _has_flash(query):  # nor grouped heads with a mask or in float32
         key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
     return scaled_dot_product_attention(
         query,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from stillroom.cache.errors import ShapeError
+from stillroom.replay.pinned import on_device
 
 
 class Span(NamedTuple):

@@ -11,9 +11,10 @@ from stillroom.cache.causal_lm import head_logits, load_causal_lm, trunk
 from stillroom.cache.errors import ShapeError
 from stillroom.cache.fingerprint import ModelFiles
 from stillroom.replay.batch import MicroBatch
+from stillroom.replay.pinned import on_device
 from stillroom.train.attention import NAME
 from stillroom.train.packed_forward import packed_hidden, why_not_packed
-from stillroom.train.segments import Segments, on_device
+from stillroom.train.segments import Segments
 from stillroom.train.target import TeacherTarget
 
 
@@ -21,7 +22,7 @@ class Student(torch.nn.Module):
     """A model with its packed forward.
 
     Args:
-        model: loaded; its attention is set here.
+        model: loaded; one that packs has the attention of `train.attention`.
         why_one_row: why a micro-batch must be one row; empty if several may be packed.
         why_unshared: why packed rows cannot share a prompt; empty if they can.
     """

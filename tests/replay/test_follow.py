@@ -419,7 +419,7 @@ def test_a_rank_whose_storage_failed_opens_what_was_agreed_without_asking_again(
 def test_a_larger_batch_after_resuming_does_not_end_a_carried_epoch(
     cache: Cache, follow: Follow
 ) -> None:
-    settings = {"last_batch": "carry", "follow_every_steps": -1}
+    settings: dict[str, Any] = {"last_batch": "carry", "follow_every_steps": -1}
     stream = follow(**settings)
     stream.next_batch()
     state = stream.state_dict()

@@ -391,7 +391,7 @@ def test_an_interrupt_while_planning_ahead_loses_no_batch(scored_cache: Cache) -
 def test_skipping_is_taking_without_reading(
     scored_cache: Cache, last_batch: str, half_life: float | None
 ) -> None:
-    settings = {"last_batch": last_batch, "lag_half_life": half_life}
+    settings: dict[str, Any] = {"last_batch": last_batch, "lag_half_life": half_life}
     with open_stream(scored_cache, **settings) as taken:
         for step in range(17):
             with open_stream(scored_cache, **settings) as skipped:
