@@ -204,7 +204,8 @@ class ParquetReader:
         for axis, edge in EDGE_OF.items():
             if name == edge:
                 return self._edges[axis][start:stop].astype(np.uint64)
-        out = np.empty((max(0, stop - start), *self._shapes[name][1:]), column_of(name).dtype)
+        shape = (max(0, stop - start), *self._shapes[name][1:])
+        out = self._source.empty(shape, column_of(name).dtype)
         for field, group, _, _ in self._rows_of(name, start, stop):
             begin, values = found[field.name, group]
             own = values.count if name == "topk_count" else values.value

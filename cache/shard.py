@@ -9,6 +9,7 @@ from stillroom.cache.commits import Commit, attempt_path
 from stillroom.cache.errors import CorruptError, MissingError
 from stillroom.cache.identity import Identity
 from stillroom.cache.manifest import Manifest
+from stillroom.cache.recycler import Empty
 from stillroom.cache.schema import BY_NAME, EDGE_OF, Arrays, Axis, column_of
 from stillroom.cache.shard_format import Source, shard_format, verify
 from stillroom.cache.storage import Storage
@@ -21,12 +22,15 @@ class Shard:
         storage: the cache's storage.
         commit: its live commit.
         identity: the cache's.
+        empty: makes the arrays that are read.
 
     Raises:
         CorruptError: the manifest is not the one that was committed, or impossible.
     """
 
-    def __init__(self, storage: Storage, commit: Commit, identity: Identity) -> None:
+    def __init__(
+        self, storage: Storage, commit: Commit, identity: Identity, empty: Empty = np.empty
+    ) -> None:
         """Read and verify the manifest; no array is read yet."""
         self.commit = commit
         form = shard_format(identity.shard_format)
@@ -36,7 +40,8 @@ class Shard:
         where = storage.describe(path)
         verify(data, commit.manifest_hash, where)
         self.manifest = Manifest.from_json(data, where)
-        source = Source(storage, f"{folder}/{form.object_name}", commit, identity, self.manifest)
+        path = f"{folder}/{form.object_name}"
+        source = Source(storage, path, commit, identity, self.manifest, empty=empty)
         self.path = source.path
         """The shard's object, below the root."""
         self._where = source.where

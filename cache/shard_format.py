@@ -2,7 +2,7 @@
 again. Zarr and Parquet are equals behind this."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from stillroom.cache.commits import Commit
 from stillroom.cache.errors import CorruptError
 from stillroom.cache.identity import Identity
 from stillroom.cache.manifest import ArrayEntry, Chunk, Manifest
+from stillroom.cache.recycler import Empty
 from stillroom.cache.schema import Arrays, expected_shapes
 from stillroom.cache.storage import Storage
 
@@ -37,6 +38,8 @@ class Source:
     commit: Commit
     identity: Identity
     manifest: Manifest
+    empty: Empty = field(default=np.empty, kw_only=True)
+    """Makes the arrays that are read."""
 
     @cached_property
     def where(self) -> str:

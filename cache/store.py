@@ -27,6 +27,7 @@ from stillroom.cache.part import (
     part_name,
 )
 from stillroom.cache.quarantine import next_n, put_quarantine
+from stillroom.cache.recycler import Empty
 from stillroom.cache.schema import Arrays
 from stillroom.cache.shard import Shard
 from stillroom.cache.shard_writer import NewShard, ScoredBy, write_shard
@@ -274,8 +275,12 @@ class Cache:
         """Open a stored snapshot; see `snapshot.open_snapshot`."""
         return open_snapshot(self.storage, snapshot_id)
 
-    def shard(self, commit: Commit) -> Shard:
+    def shard(self, commit: Commit, empty: Empty = np.empty) -> Shard:
         """Open a committed shard for reading.
+
+        Args:
+            commit: which one.
+            empty: makes the arrays that are read; see `recycler`.
 
         Raises:
             MismatchError: the commit belongs to another identity.
@@ -286,7 +291,7 @@ class Cache:
             raise MismatchError(
                 f"commit {commit.part}.{commit.n}", self.identity.digest(), commit.identity, do
             )
-        return Shard(self.storage, commit, self.identity)
+        return Shard(self.storage, commit, self.identity, empty)
 
     def _check_meta(self, part: str, meta: PartMeta) -> None:
         mine = (part, self.identity.tokenizer_fingerprint, self.identity.vocab_size)

@@ -168,7 +168,8 @@ class ZarrReader:
         """Rows of one stored array; with groups, (rows, 1 or K), of ids instead of codes."""
         name, start, stop = span
         entry = self._arrays[name]
-        out = np.empty((stop - start, *entry.shape[1:]), entry.dtype)
+        empty = self._source.empty
+        out = empty((stop - start, *entry.shape[1:]), entry.dtype)
         scratch: np.ndarray | None = None
         first, last = _chunk_span(start, stop)
         for i in range(first, last):
@@ -179,8 +180,7 @@ class ZarrReader:
                 decode_chunk(next(blobs), target, where)
                 continue
             if scratch is None:
-                scratch = np.empty((CHUNK_ROWS, *entry.shape[1:]), entry.dtype)
-                index = np.empty(scratch.shape if group is not None else 0, np.intp)
+                scratch = empty((CHUNK_ROWS, *entry.shape[1:]), entry.dtype)
             # as far as rows are wanted; the last chunk to its end, so that its count is checked
             is_last = (i + 1) * CHUNK_ROWS >= entry.shape[0]
             needed = scratch if is_last else scratch[: high - i * CHUNK_ROWS]
@@ -190,20 +190,19 @@ class ZarrReader:
                 target[...] = rows
             else:
                 own = group[low - start : high - start]
-                self._look_up(rows, own, index[: len(rows)], target, where)
+                self._look_up(rows, own, target, where)
         return out
 
-    def _look_up(
-        self, code: np.ndarray, group: np.ndarray, index: np.ndarray, out: np.ndarray, where: str
-    ) -> None:
+    def _look_up(self, code: np.ndarray, group: np.ndarray, out: np.ndarray, where: str) -> None:
+        """Ids of codes, which are overwritten."""
         assert self._lookup is not None
         groups, codes = self._lookup.shape
         if code.max(initial=0) >= codes or group.max(initial=0) >= groups:
             expected = f"codes below {codes} and groups below {groups}"
             raise CorruptError(where, expected, "larger ones", "Score the part again.")
-        np.add(code, group.astype(np.intp) * codes, out=index)
-        # the check above leaves nothing to wrap around; this mode spares a buffer
-        np.take(self._lookup.reshape(-1), index, out=out, mode="wrap")
+        code += group.astype(np.uint32) * np.uint32(codes)
+        # the check above leaves nothing to clip; this mode spares a buffer
+        np.take(self._lookup.reshape(-1), code, out=out, mode="clip")
 
     def _refuse(self, name: str, expected: str, got: str) -> NoReturn:
         where = f"{self._source.where}, {name}"

@@ -4,18 +4,15 @@ Shapes: T tokens of a micro-batch, R segments in it, P scored positions, K teach
 ids. A segment is a row; or a prompt that several rows share; or the completion of one of those.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 
 from stillroom.cache.errors import InputError, ShapeError
+from stillroom.cache.recycler import Empty
 from stillroom.cache.schema import Arrays
-
-Empty = Callable[[tuple[int, ...], Any], np.ndarray]
-"""Makes an array of a shape and a dtype whose values will be written, as np.empty does."""
 
 LAYOUT: dict[str, tuple[str, type]] = {
     "token": ("T", np.int64),

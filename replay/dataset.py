@@ -19,6 +19,7 @@ from stillroom.replay.batch import Batch
 from stillroom.replay.config import ReplayConfig
 from stillroom.replay.dataset_state import DatasetState
 from stillroom.replay.feed import StoredSource
+from stillroom.replay.pinned import pinned_empty
 from stillroom.replay.stream import ReplayStream
 from stillroom.replay.tensors import Step, in_one_block, step_tensors
 
@@ -26,10 +27,11 @@ __all__ = ["ReplayDataset", "StoredSource"]
 
 
 class ReplayDataset(IterableDataset[Step]):
-    """Steps of one rank, for a DataLoader with `batch_size=None`, or by themselves.
+    """Steps of one rank, for a DataLoader with `batch_size=None` (any other adds an axis to every
+    tensor, which `from_tensors` refuses), or by themselves.
 
-    Every iteration begins at the beginning, or where `skip` or the last loaded state says. Memory
-    and threads of the settings are divided among workers.
+    Every iteration begins at the beginning, but for the next one after `skip` or a loaded state,
+    which begins there. Memory and threads of the settings are divided among workers.
 
     Args:
         sources: the caches; one or several.
@@ -39,6 +41,8 @@ class ReplayDataset(IterableDataset[Step]):
         num_steps: steps after which the run is over, counted from its beginning; None is never.
             Epochs follow one another inside the stream: it is no number of steps an epoch.
         one_row: whether a micro-batch holds one row only, for students that cannot be packed.
+        pin: whether tensors lie in page-locked memory, for a trainer on a GPU without workers; with
+            workers that is the DataLoader's `pin_memory`.
 
     Raises:
         ConfigError: the settings contradict one another.
@@ -53,13 +57,14 @@ class ReplayDataset(IterableDataset[Step]):
         world: int = 1,
         num_steps: int | None = None,
         one_row: bool = False,
+        pin: bool = False,
     ) -> None:
         """Keep the arguments; nothing is opened yet."""
         if num_steps is not None and num_steps < 0:
             raise ConfigError("num_steps", "at least 0, or None", f"{num_steps}", "Raise it.")
         self._sources = (sources,) if isinstance(sources, StoredSource) else tuple(sources)
         self._config, self._rank, self._world = config, rank, world
-        self._num_steps, self._one_row = num_steps, one_row
+        self._num_steps, self._one_row, self._pin = num_steps, one_row, pin
         self._start = DatasetState()
         self._running: _Running | None = None
         self._pid = os.getpid()
@@ -80,6 +85,7 @@ class ReplayDataset(IterableDataset[Step]):
             got = f"{self._config.follow_every_steps}, where workers cannot agree"
             raise ConfigError("replay.follow_every_steps", "0 in a DataLoader worker", got, do)
         self._running = self._open(self._start.of_worker(worker, workers))
+        self._start = DatasetState()
         return self._steps(self._running, shared=info is not None)
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,7 +98,7 @@ class ReplayDataset(IterableDataset[Step]):
         return (self._start if self._running is None else self._running.state()).plain()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Begin iterations where another one stood. No step in between is read.
+        """Begin the next iteration where another one stood. No step in between is read.
 
         The state of an iteration without workers, or with one, is good for any number of workers.
 
@@ -103,10 +109,11 @@ class ReplayDataset(IterableDataset[Step]):
         self._start, self._running = DatasetState.parse(state), None
 
     def skip(self, steps: int) -> None:
-        """Begin iterations so many steps later; none of them is read.
+        """Begin the next iteration so many steps later; none of them is read.
 
         With this alone a trainer that knows how many steps it took resumes on any number of
-        workers.
+        workers. Of what a plain DataLoader's workers iterate this process knows nothing: there
+        every iteration of the loader begins so many steps later.
 
         Raises:
             ConfigError: less than 0, or the state that was loaded is that of one worker of several.
@@ -134,6 +141,8 @@ class ReplayDataset(IterableDataset[Step]):
     def _open(self, start: DatasetState) -> "_Running":
         sources = [source.open() for source in self._sources]
         remote = any(not source.cache.storage.is_local for source in sources)
+        is_pinned = self._pin and get_worker_info() is None
+        pinned: dict[str, Any] = {"empty": pinned_empty} if is_pinned else {}
         stream = ReplayStream(
             sources,
             _share(self._config, start.workers, remote),
@@ -141,6 +150,7 @@ class ReplayDataset(IterableDataset[Step]):
             world=self._world,
             one_row=self._one_row,
             stride=start.workers,
+            **pinned,
         )
         try:
             if start.stream is not None:

@@ -7,6 +7,7 @@ from itertools import count
 
 import numpy as np
 
+from stillroom.cache.recycler import Empty
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
 from stillroom.replay.batch import LAYOUT
@@ -80,14 +81,17 @@ class Feed:
         source: the cache.
         number: its place among the stream's sources; seeds its order too.
         config: the stream's settings.
+        empty: makes the arrays of decoded blocks.
 
     Raises:
         InputError: no row is left, or one is too long.
     """
 
-    def __init__(self, source: Source, number: int, config: ReplayConfig) -> None:
+    def __init__(
+        self, source: Source, number: int, config: ReplayConfig, empty: Empty = np.empty
+    ) -> None:
         """Choose rows; none is read yet."""
-        self.source, self.number, self._config = source, number, config
+        self.source, self.number, self._config, self._empty = source, number, config, empty
         self.filter = config.rows if source.rows is None else source.rows
         self.selection = select(
             source.cache,
@@ -100,7 +104,7 @@ class Feed:
         )
         self.selection_digest = self.selection.digest
         self.reader = RowReader(
-            source.cache, source.snapshot, config.block_rows, number, config.max_tokens
+            source.cache, source.snapshot, config.block_rows, number, config.max_tokens, empty
         )
         identity = source.cache.identity
         wide = BYTES["PK"] * identity.topk + BYTES["PM"] * identity.extra
@@ -143,7 +147,8 @@ class Feed:
 
     def with_snapshot(self, snapshot: Snapshot) -> "Feed":
         """The same source at another snapshot."""
-        return Feed(replace(self.source, snapshot=snapshot), self.number, self._config)
+        source = replace(self.source, snapshot=snapshot)
+        return Feed(source, self.number, self._config, self._empty)
 
     def _make_epoch(self, epoch: int) -> tuple[Plan, np.ndarray]:
         selection, config = self.selection, self._config

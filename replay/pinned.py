@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stillroom.replay.batch import Empty
+from stillroom.cache.recycler import Empty
 
 
 def empty_for(device: torch.device) -> Empty:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from stillroom.replay.batch import Batch, Empty, MicroBatch, collate
+from stillroom.cache.recycler import Empty
+from stillroom.replay.batch import Batch, MicroBatch, collate
 from stillroom.replay.blocks import Blocks
 from stillroom.replay.feed import Feed
 from stillroom.replay.reader import Block

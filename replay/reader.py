@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from stillroom.cache.commits import Commit
+from stillroom.cache.recycler import Empty
 from stillroom.cache.schema import EDGE_OF, Arrays, Axis
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
@@ -62,16 +63,25 @@ class RowReader:
         block_rows: rows of a block.
         number: the cache's place among those that feed the stream.
         max_tokens: longer rows are cut to so many tokens.
+        empty: makes the arrays of blocks.
     """
 
     def __init__(
-        self, cache: Cache, snapshot: Snapshot, block_rows: int, number: int, max_tokens: int
+        self,
+        cache: Cache,
+        snapshot: Snapshot,
+        block_rows: int,
+        number: int,
+        max_tokens: int,
+        empty: Empty = np.empty,
     ) -> None:
         """Read nothing yet."""
         self._commits, self._number, self._max_tokens = snapshot.commits, number, max_tokens
         self._block_rows = block_rows
         self._ends = np.cumsum([commit.rows for commit in snapshot.commits]).tolist()
-        self._shard = lru_cache(OPEN_SHARDS)(lambda part: cache.shard(snapshot.commits[part]))
+        self._shard = lru_cache(OPEN_SHARDS)(
+            lambda part: cache.shard(snapshot.commits[part], empty)
+        )
         self._row_bytes = _row_bytes(snapshot.commits, cache.identity.topk, cache.identity.extra)
 
     def block_of(self, row: int) -> int:

@@ -56,6 +56,13 @@ class Selection:
         return jsonfile.digest(jsonfile.dump(hashes))
 
     @property
+    def missing(self) -> str:
+        """What is not replayed, for a person; empty if every row is, whole."""
+        reasons = ", ".join(f"{count:,} by {name}" for name, count in self.left_out.items())
+        said = [f"rows left out: {reasons}"] if reasons else []
+        return "; ".join(said + [f"{self.truncated:,} truncated"] * (self.truncated > 0))
+
+    @property
     def unit_policy(self) -> np.ndarray:
         """(U,) int64: the oldest policy of each unit; `policy` must have been read."""
         assert self.policy is not None

@@ -10,15 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from stillroom.cache.errors import (
     ConfigError,
     ForkedError,
     StillroomError,
     StorageError,
 )
-from stillroom.replay.batch import Batch, Empty
+from stillroom.cache.recycler import Empty, Recycler
+from stillroom.replay.batch import Batch
 from stillroom.replay.config import AT_EPOCH_END, ReplayConfig
 from stillroom.replay.feed import Feed, Source
 from stillroom.replay.follow import Agree, agree_among, check_same_on_ranks, newest_snapshots
@@ -41,7 +40,8 @@ class ReplayStream:
         one_row: give each micro-batch one row (or one group with a shared prompt), for students
             whose packed rows would see one another.
         vocab_size: tokens of the student, if a cache of another vocabulary is to be refused.
-        empty: allocates arrays of batches; for memory that a GPU copies from.
+        empty: allocates arrays of batches, for memory that a GPU copies from; None uses that of
+            batches that nobody holds any more.
         agree: how ranks agree on newer snapshots; None for torch.distributed.
         stride: takes one step and passes over the next stride - 1, unread: so many streams, each
             skipped to a step of its own, share the steps.
@@ -61,7 +61,7 @@ class ReplayStream:
         world: int = 1,
         one_row: bool = False,
         vocab_size: int | None = None,
-        empty: Empty = np.empty,
+        empty: Empty | None = None,
         agree: Agree | None = None,
         stride: int = 1,
     ) -> None:
@@ -75,8 +75,9 @@ class ReplayStream:
         self._follow = config.follow_every_steps
         self._agree = agree or (agree_among(world) if self._follow else None)
         self._shares = shares([source.weight for source in sources])
+        made = Recycler(config.cached_bytes + config.ahead_bytes).empty
         self._planner = Planner(
-            [Feed(source, number, config) for number, source in enumerate(sources)],
+            [Feed(source, number, config, made) for number, source in enumerate(sources)],
             self._shares,
             config,
             rank,
@@ -91,7 +92,7 @@ class ReplayStream:
         check_same_on_ranks(self._what_ranks_share(), world)
         remote = any("://" in str(source.cache.storage.root) for source in sources)
         threads = config.read_threads(remote)
-        self._ahead = Prefetch(config.cached_bytes, config.ahead_bytes, threads, empty)
+        self._ahead = Prefetch(config.cached_bytes, config.ahead_bytes, threads, empty or made)
 
     def _what_ranks_share(self) -> dict[str, Any]:
         config = self._config

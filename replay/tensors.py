@@ -6,6 +6,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 
+from stillroom.cache.errors import ShapeError
 from stillroom.replay.batch import Batch, MicroBatch
 
 ALIGNMENT = 16
@@ -48,7 +49,15 @@ def to_tensors(micro: MicroBatch) -> MicroTensors:
 
 
 def from_tensors(tensors: MicroTensors) -> MicroBatch:
-    """The micro-batch of these tensors, which must be on the CPU; without a copy."""
+    """The micro-batch of these tensors, which must be on the CPU; without a copy.
+
+    Raises:
+        ShapeError: a loader put steps together.
+    """
+    if tensors["token"].dim() != 1:
+        do = "Give the DataLoader batch_size=None: an item is a step."
+        got = f"shape {tuple(tensors['token'].shape)}"
+        raise ShapeError("micro-batch, token", "one axis", got, do)
     return MicroBatch(**{name: tensor.numpy() for name, tensor in tensors.items()})
 
 

@@ -123,3 +123,11 @@ def test_devices_by_name() -> None:
 def test_a_device_that_is_not_here_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"^device: .*; got '{name}'"):
         pick_device(name)
+
+
+def test_an_architecture_without_a_trunk_is_refused() -> None:
+    """Llama 4's base model is the whole one."""
+    sizes = {**SIZES, "head_dim": 8, "intermediate_size_mlp": 16, "num_local_experts": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama4_text", **sizes))
+    with pytest.raises(InputError, match="Llama4ForCausalLM: expected a trunk that gives last"):
+        trunk(model, torch.tensor([[3, 1, 4]]))

@@ -181,6 +181,50 @@ def test_it_skips_without_reading(scored_cache: Cache, monkeypatch: pytest.Monke
     assert dataset.state_dict()["step"] == 6
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.dist)])
+def test_arrays_are_pinned_where_no_worker_sends_them(
+    scored_cache: Cache, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """There is no page-locked memory here, so what would ask for it is only counted."""
+    asked: list[Any] = []
+
+    def counted(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        asked.append(shape)
+        return np.empty(shape, dtype)
+
+    monkeypatch.setattr(dataset_module, "pinned_empty", counted)
+    expected = expected_steps(scored_cache)
+    assert_same(iter(loader(make(scored_cache, pin=True), workers)), expected)
+    assert bool(asked) == (not workers)
+    asked.clear()
+    assert_same(iter(loader(make(scored_cache), workers)), expected)
+    assert not asked
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.dist)])
+def test_a_place_to_begin_is_used_up(scored_cache: Cache, workers: int) -> None:
+    """By one iteration, also in a worker that stays; the next ones begin at the beginning."""
+    expected, dataset = expected_steps(scored_cache), make(scored_cache)
+    dataset.skip(4)
+    context = "forkserver" if workers else None
+    steps = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context=context,
+        persistent_workers=bool(workers),
+    )
+    for first in (4, 0, 0):
+        assert_same(iter(steps), expected[first:])
+    if not workers:
+        state = make(scored_cache)
+        state.skip(3)
+        dataset.load_state_dict(state.state_dict())
+        assert dataset.state_dict()["step"] == 3
+        for first in (3, 0):
+            assert_same(iter(dataset), expected[first:])
+
+
 @pytest.mark.dist
 def test_a_state_without_workers_is_good_for_any_number_of_them(scored_cache: Cache) -> None:
     alone, expected = make(scored_cache), expected_steps(scored_cache)
@@ -192,7 +236,7 @@ def test_a_state_without_workers_is_good_for_any_number_of_them(scored_cache: Ca
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_stateful_loader_resumes_in_mid_epoch(scored_cache: Cache, workers: int) -> None:
     expected = expected_steps(scored_cache)
     first = stateful(make(scored_cache), workers)
@@ -203,6 +247,7 @@ def test_a_stateful_loader_resumes_in_mid_epoch(scored_cache: Cache, workers: in
     second = stateful(make(scored_cache), workers)
     second.load_state_dict(state)
     assert_same(iter(second), expected[3:])
+    assert_same(iter(second), expected)
 
 
 @pytest.mark.dist

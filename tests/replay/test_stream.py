@@ -382,8 +382,8 @@ def test_few_shards_are_open_at_once(scored_cache: Cache, monkeypatch: pytest.Mo
     expected = take(open_stream(scored_cache), STEPS)
     opened: list[weakref.ref[Shard]] = []
 
-    def open_shard(cache: Cache, commit: Commit) -> Shard:
-        shard = Shard(cache.storage, commit, cache.identity)
+    def open_shard(cache: Cache, commit: Commit, empty: Any) -> Shard:
+        shard = Shard(cache.storage, commit, cache.identity, empty)
         opened.append(weakref.ref(shard))
         return shard
 

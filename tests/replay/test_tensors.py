@@ -5,7 +5,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from torch.utils.data import default_collate
 
+from stillroom.cache.errors import ShapeError
 from stillroom.cache.store import Cache
 from stillroom.replay.batch import Batch, MicroBatch
 from stillroom.replay.config import ReplayConfig
@@ -65,3 +67,11 @@ def test_a_block_holds_copies_of_all_tensors(batch: Batch) -> None:
     assert pairs[0][0].is_shared()  # type: ignore[no-untyped-call]
     spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t, _ in pairs if t.nbytes)
     assert all(stop <= start for (_, stop), (start, _) in pairwise(spans))
+
+
+def test_steps_that_a_loader_put_together_are_refused(batch: Batch) -> None:
+    """The default of a DataLoader is a batch of one step."""
+    step = step_tensors(replace(batch, micro_batches=batch.micro_batches[:1]))
+    together = default_collate([step])
+    with pytest.raises(ShapeError, match=r"expected one axis; got shape .*batch_size=None"):
+        from_tensors(together["micro_batches"][0])
