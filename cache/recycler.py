@@ -45,7 +45,8 @@ class Recycler:
         if size < LEAST_BYTES:
             return np.empty(shape, dtype)
         with self._lock:
-            return self._take(_rounded(size))[:size].view(dtype).reshape(shape)
+            array: np.ndarray = self._take(_rounded(size))[:size].view(dtype).reshape(shape)
+            return array
 
     def _take(self, size: int) -> np.ndarray:
         buffers = self._buffers.setdefault(size, deque())

@@ -9,9 +9,9 @@ import torch
 from stillroom.cache.recycler import Empty
 
 
-def empty_for(device: torch.device) -> Empty:
-    """What allocates arrays of batches that go to a device."""
-    return pinned_empty if device.type == "cuda" else np.empty
+def empty_for(device: torch.device) -> Empty | None:
+    """What allocates arrays of batches that go to a device; None where any memory will do."""
+    return pinned_empty if device.type == "cuda" else None
 
 
 def pinned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -105,7 +105,8 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_cache(teacher_dir: Path) -> Callable[..., Cache]:
-    """Makes a cache at a root: random token ids as rollouts of policy 0, scored by the teacher."""
+    """Makes a cache at a root: random token ids as rollouts of policy 0, scored by the teacher;
+    `samples` of each prompt, and two thirds of their tokens unscored if `masked`."""
 
     def make(root: Path, **sizes: int) -> Cache:
         return _make_cache(root, teacher_dir, **sizes)
@@ -114,7 +115,14 @@ def make_cache(teacher_dir: Path) -> Callable[..., Cache]:
 
 
 def _make_cache(
-    root: Path, teacher_dir: Path, *, rows: int = 12, topk: int = 8, seed: int = 0
+    root: Path,
+    teacher_dir: Path,
+    *,
+    rows: int = 12,
+    topk: int = 8,
+    seed: int = 0,
+    samples: int = 1,
+    masked: int = 0,
 ) -> Cache:
     from stillroom.cache.fingerprint import inspect_model
     from stillroom.cache.part import PartMeta, prompt_id, rollout_id
@@ -131,18 +139,19 @@ def _make_cache(
     unit = f"{seed:016x}"
     records = []
     for i in range(rows):
-        prompt = rng.integers(0, 250, rng.integers(1, 8)).astype(np.uint32)
+        if i % samples == 0:
+            prompt = rng.integers(0, 250, rng.integers(1, 8)).astype(np.uint32)
         completion = rng.integers(0, 250, rng.integers(2, 20)).astype(np.uint32)
         records.append(
             {
                 "rollout_id": rollout_id(unit, i),
                 "prompt_id": prompt_id(prompt),
                 "prompt_name": None,
-                "group": i,
-                "sample_index": 0,
+                "group": i // samples,
+                "sample_index": i % samples,
                 "prompt": prompt,
                 "completion": completion,
-                "scored": None,
+                "scored": (np.arange(len(completion)) % 3 == i % 2) if masked else None,
                 "behaviour_logprob": np.full(len(completion), -3.0, np.float32),
                 "teacher_prompt": None,
                 "finish_reason": "length",

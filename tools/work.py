@@ -147,6 +147,8 @@ def train_newest(job: TrainJob) -> int:
         "steps": report.steps,
         "rows": report.rows,
         "positions": report.positions,
+        "left_out": report.left_out,
+        "truncated": report.truncated,
     }
     write_file(output / f"{name}.json", jsonfile.dump(record))
     release_snapshot(cache.storage, output, name)

@@ -21,6 +21,7 @@ from stillroom.cache.errors import ShapeError
 from stillroom.train.segments import Segments, Span
 
 NAME = "stillroom_rows"
+HALF = (torch.float16, torch.bfloat16)
 HARMLESS = (
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
     *("position_ids", "cache_position", "deterministic", "output_router_logits"),
@@ -98,9 +99,7 @@ def _check_others(
         lost.append("is_causal = False")
     if lost:
         do = "Take one row a micro-batch, with the model's own attention."
-        raise ShapeError(
-            type(module).__name__, "causal attention, no more", ", ".join(lost), do
-        )
+        raise ShapeError(type(module).__name__, "causal attention, no more", ", ".join(lost), do)
 
 
 def _seen(span: Span, window: int | None) -> slice:
@@ -124,7 +123,7 @@ def _attend(
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    if query.is_cuda and not _has_flash(query):  # nor grouped heads with a mask or in float32
+    if not _takes_groups(query, mask):
         key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
     return scaled_dot_product_attention(
         query,
@@ -174,8 +173,12 @@ def _has_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
     if not query.is_cuda or torch.cuda.get_device_capability(query.device) < (8, 0):
         return False
     size = query.shape[-1]
-    half = _run_dtype(query) in (torch.float16, torch.bfloat16)
-    return half and size % 8 == 0 and size <= 256 and value.shape[-1] == size
+    return _run_dtype(query) in HALF and size % 8 == 0 and size <= 256 and value.shape[-1] == size
+
+
+def _takes_groups(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether a fused kernel takes fewer key heads than heads: on a GPU, flash attention alone."""
+    return not query.is_cuda or (mask is None and _run_dtype(query) in HALF)
 
 
 def _run_dtype(query: torch.Tensor) -> torch.dtype:

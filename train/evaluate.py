@@ -3,6 +3,7 @@ it."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from stillroom.cache.store import Cache
 from stillroom.replay.batch import Batch
 from stillroom.replay.config import ReplayConfig
 from stillroom.replay.feed import Source
+from stillroom.replay.row_filter import RowFilter
+from stillroom.replay.selection import select
 from stillroom.replay.stream import ReplayStream
 from stillroom.train.hidden_kl import hidden_kl_bound
 from stillroom.train.objectives import divergence, student_bucket_logprob
@@ -37,24 +40,40 @@ class Measured:
     """The most by which the full-vocabulary forward KL can exceed `forward_kl_nats`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was measured, and on how much of the text."""
+
+    sources: dict[str, Measured]
+    """For each source that occurs (student, teacher, ...) the means over its positions."""
+    rows: int
+    """Rows that were measured."""
+    left_out: dict[str, int]
+    """Rows that were not, by the reason."""
+    truncated: int
+    """Measured rows that lost their last tokens."""
+
+
 @torch.no_grad()
 def evaluate(
     student: Student, cache: Cache, snapshot: Snapshot, replay: ReplayConfig
-) -> dict[str, Measured]:
-    """Measure a student on every row of a snapshot, by the source of its text.
+) -> Evaluation:
+    """Measure a student on a snapshot, by the source of its text.
 
     Args:
         student: in any mode; put into eval mode here.
         cache: the cache of held-out text.
         snapshot: which shards.
-        replay: sizes of batches.
+        replay: sizes of batches, and what happens to rows that are longer than a micro-batch.
 
-    Returns:
-        For each source that occurs (student, teacher, ...) the means over its positions.
+    Raises:
+        InputError: no row is left, or one is too long and is not to be skipped or truncated.
     """
     student.eval()
+    limit, over_long = replay.max_tokens, replay.over_long
+    selection = select(cache, snapshot, RowFilter(), max_tokens=limit, over_long=over_long)
     values, sources = [], []
-    for batch in _every_row(student, cache, snapshot, replay):
+    for batch in _all_steps(student, cache, snapshot, replay, len(selection.rows)):
         for micro in batch.micro_batches:
             assert micro is not None
             logits = student(micro)
@@ -72,19 +91,20 @@ def evaluate(
             values.append(torch.stack(figures, dim=1).cpu().numpy())
             sources.append(micro.source)
     value, source = np.concatenate(values).astype(np.float64), np.concatenate(sources)
-    return {
+    means = {
         SOURCES[code]: Measured(
             int((source == code).sum()), *map(float, value[source == code].mean(0))
         )
         for code in np.unique(source)
     }
+    return Evaluation(means, len(selection.rows), selection.left_out, selection.truncated)
 
 
-def _every_row(
-    student: Student, cache: Cache, snapshot: Snapshot, replay: ReplayConfig
+def _all_steps(
+    student: Student, cache: Cache, snapshot: Snapshot, replay: ReplayConfig, rows: int
 ) -> Iterator[Batch]:
     config = ReplayConfig(
-        batch_rows=min(replay.batch_rows, snapshot.rows),
+        batch_rows=min(replay.batch_rows, rows),
         max_tokens=replay.max_tokens,
         over_long=replay.over_long,
         block_rows=replay.block_rows,
@@ -98,6 +118,8 @@ def _every_row(
             yield stream.next_batch()
 
 
-def as_json(measured: dict[str, Measured]) -> dict[str, dict[str, float]]:
-    """Plain values."""
-    return {source: asdict(values) for source, values in measured.items()}
+def as_json(evaluation: Evaluation) -> dict[str, Any]:
+    """Plain values: each source's means, and the numbers of rows as `rows`."""
+    counts = {"measured": evaluation.rows, "truncated": evaluation.truncated}
+    means = {source: asdict(values) for source, values in evaluation.sources.items()}
+    return {**means, "rows": {**counts, "left_out": evaluation.left_out}}

@@ -8,22 +8,19 @@ import torch
 from transformers import PreTrainedModel
 
 from stillroom.cache.causal_lm import trunk
-from stillroom.cache.errors import first_line
+from stillroom.cache.errors import StillroomError, first_line
 from stillroom.train.attention import NAME
 from stillroom.train.segments import Segments
 from stillroom.train.small_copy import VOCAB, small_copy
 
 TOLERANCE = 1e-3  # of the hidden states' norm: room for float32, not for other maths
 HALF_TOLERANCE = 0.05  # the same, for half precision
-LEAK_TOLERANCE = 0.01  # the same, for what other rows may change: nothing, but in mixtures of
-LEAK_ROUNDINGS = (
-    100  # experts, whose matrix products have other shapes; in float32 so many epsilons
-)
-SHORT, LONG = (3, 6, 6), (20, 40, 28)
+LEAK_TOLERANCE, LEAK_ROUNDINGS = 0.01, 100
+"""What other rows may change, as a part of the norm, and in epsilons: nothing, but in mixtures of
+experts, whose matrix products get other shapes."""
+SHORT, LONG = (3, 6, 6), (10, 40, 14)
 """Tokens of two rows' common prompt, and of each row: for a model as it is, and for a small copy,
-whose windows and the like they exceed. The second is the shorter one, and shorter than the small
-copy's trained length, as the first is not: an architecture may take all rows for as long as the
-longest."""
+whose windows and the like they exceed; one row is longer than it was trained for, one is not."""
 
 
 def packed_hidden(
@@ -40,7 +37,6 @@ def packed_hidden(
     return hidden[0]
 
 
-@torch.no_grad()
 def why_not_packed(model: PreTrainedModel, vocab_size: int) -> tuple[str, str]:
     """Why rows of a model cannot be packed, and why packed ones cannot share a prompt.
 
@@ -57,7 +53,7 @@ def why_not_packed(model: PreTrainedModel, vocab_size: int) -> tuple[str, str]:
     try:
         small = small_copy(model)
     except Exception as error:
-        why = f"no small {type(model).__name__} can be made to try it: {first_line(error)}"
+        why = f"no small {type(model).__name__} can be made to try it: {_cause(error)}"
         return why, why
     one_row, unshared = _Probe(small, VOCAB, LONG).reasons()
     return one_row, one_row or found[1] or unshared
@@ -75,6 +71,7 @@ class _Probe:
         self._rows = [(row + 3 + i) % vocab_size for i, row in enumerate(numbered)]
         self._rows[1][: self._prompt] = self._rows[0][: self._prompt]
 
+    @torch.no_grad()
     def reasons(self) -> tuple[str, str]:
         """As `why_not_packed`, of this model alone."""
         own = self._model.config._attn_implementation
@@ -83,15 +80,17 @@ class _Probe:
             self._model.set_attn_implementation(NAME)
             one_row = self._why_one_row()
         except Exception as error:
-            one_row = f"{self._name} cannot read packed rows: {first_line(error)}"
+            one_row = f"{self._name} cannot read packed rows: {_cause(error)}"
         try:
             unshared = one_row or self._unlike("rows with a shared prompt", self._sharing())
         except Exception as error:
-            unshared = f"{self._name} cannot read a shared prompt: {first_line(error)}"
+            unshared = f"{self._name} cannot read a shared prompt: {_cause(error)}"
         self._model.set_attn_implementation(own)
         return one_row, unshared
 
     def _why_one_row(self) -> str:
+        if not all(bool(hidden.isfinite().all()) for hidden in self._alone):
+            return f"hidden states of {self._name} are not finite"
         first, second = self._rows
         one, other = (self._packed([row, second]) for row in (first, first.flip(0)))
         roundings = LEAK_ROUNDINGS * torch.finfo(one[1].dtype).eps
@@ -111,7 +110,7 @@ class _Probe:
     def _packed(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
         """Last hidden states (T, H) of two rows, packed."""
         position = torch.cat([torch.arange(len(row), device=row.device) for row in rows])
-        return list(self._hidden(rows, position, [-1, -1]).split(self._lengths))
+        return list(torch.split(self._hidden(rows, position, [-1, -1]), self._lengths))
 
     def _sharing(self) -> list[torch.Tensor]:
         """The same of rows whose prompt is shared."""
@@ -119,7 +118,8 @@ class _Probe:
         after = [torch.arange(cut, size, device=first.device) for size in self._lengths]
         position = torch.cat([torch.arange(cut, device=first.device), *after])
         pieces = [first[:cut], first[cut:], second[cut:]]
-        prompt, *rest = self._hidden(pieces, position, [-1, 0, 0]).split([len(p) for p in pieces])
+        hidden = self._hidden(pieces, position, [-1, 0, 0])
+        prompt, *rest = torch.split(hidden, [len(piece) for piece in pieces])
         return [torch.cat([prompt, row]) for row in rest]
 
     def _hidden(
@@ -128,6 +128,13 @@ class _Probe:
         edge = np.cumsum([0, *map(len, pieces)]).astype(np.int32)
         segments = Segments.of(edge, np.array(prefix), position.device)
         return packed_hidden(self._model, torch.cat(pieces), position, segments)
+
+
+def _cause(error: Exception) -> str:
+    """On one line; an advice to somebody else's caller is left out."""
+    if isinstance(error, StillroomError):
+        return f"{error.where} expected {error.expected}; got {error.got}"
+    return first_line(error)
 
 
 def _gap(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -196,6 +196,8 @@ class Pipeline:
             "steps": report.steps,
             "rows": report.rows,
             "positions": report.positions,
+            "left_out": report.left_out,
+            "truncated": report.truncated,
             "drift": report.drift,
             "loss_nats": report.losses[-1] if report.losses else None,
         }

@@ -1,10 +1,13 @@
 """A random copy of a model's architecture, small enough to try out in a moment what depends on
 windows, chunks, compression, or weights that happen to be zero."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from stillroom.cache.errors import InputError
 
@@ -12,6 +15,7 @@ VOCAB = 64
 HEADS = 4
 HEAD_DIM = 8
 MAX_WEIGHTS = 10_000_000
+PER_LAYER = "per_layer_config"
 SIZES: dict[str, float] = {
     "vocab_size": VOCAB,
     "vocab_size_per_layer_input": VOCAB,
@@ -31,7 +35,7 @@ SIZES: dict[str, float] = {
     "head_dim": HEAD_DIM,
     "global_head_dim": HEAD_DIM,
     "max_position_embeddings": 128,
-    "original_max_position_embeddings": 32,
+    "original_max_position_embeddings": 16,
     "partial_rotary_factor": 0.5,
     "rotary_dim": HEAD_DIM // 2,
     "num_local_experts": 4,
@@ -55,8 +59,12 @@ SIZES: dict[str, float] = {
     "index_head_dim": 16,
 }
 """By the names of Hugging Face configurations."""
-REACHES = {"window": 8, "chunk": 8, "local_attention": 8, "compress": 4, "index_topk": 4}
-"""The most that settings with such names keep: less than the rows have that are tried."""
+REACHES = {
+    **{"window": 8, "chunk": 8, "local_attention": 8},
+    **{"compress": 4, "block_size": 4, "index_topk": 2},
+}
+"""The most that settings with such names keep: fewer than the rows have that are tried. Rotary
+positions have been trained for more than the shorter row's, and fewer than the longer one's."""
 
 
 def small_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -67,9 +75,9 @@ def small_copy(model: PreTrainedModel) -> PreTrainedModel:
         InputError: it would not be small.
         Exception: whatever an architecture raises that cannot be had in these sizes.
     """
-    config = small_config(model.config.get_text_config())
     attention = model.config._attn_implementation
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _quietly():
+        config = small_config(model.config.get_text_config())
         torch.manual_seed(0)
         with torch.device("meta"):
             shell: Any = AutoModelForCausalLM.from_config(config)
@@ -86,6 +94,17 @@ def small_copy(model: PreTrainedModel) -> PreTrainedModel:
     return small
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what transformers says about odd sizes."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+
+
 def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The first layers, two at least, as many as have all kinds, in the sizes above."""
     values, names = config.to_dict(), config.attribute_map
@@ -96,8 +115,12 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
     values[layers] = max(min(2, count), *(1 + kinds.index(kind) for kind in kinds))
     for name in by_layer:
         values[name] = values[name][: values[layers]]
+    if others := values.get(PER_LAYER):
+        values[PER_LAYER] = {i: own for i, own in others.items() if int(i) < values[layers]}
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     sizes = {**SIZES, "num_key_value_heads": max(1, HEADS * heads // config.num_attention_heads)}
+    if values.get("rope_parameters"):
+        sizes["max_position_embeddings"] = 24
     small = {names.get(name, name): size for name, size in sizes.items()}
     for name in ("dtype", "quantization_config"):
         values.pop(name, None)

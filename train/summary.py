@@ -33,7 +33,7 @@ class Round:
     drift: dict[str, Any]
     """Of the replayed rows, by policy version."""
     before: dict[str, Any]
-    """Held-out measurement of the policy that was sampled, by source of the text."""
+    """Held-out measurement of the policy that was sampled, by source of the text, and its rows."""
     after: dict[str, Any]
     """The same of the policy that was published."""
 
@@ -119,6 +119,8 @@ class Summary:
             ):
                 values = [f"{m[source][key]:.4f}" for m in (done.before, done.after)]
                 table.add_row(f"held-out {text}: {name}", *values)
+        for key, name in (("measured", "held-out rows"), ("truncated", "of them, truncated")):
+            table.add_row(name, *(f"{m['rows'][key]:,}" for m in (done.before, done.after)))
         table.add_section()
         table.add_row("rollouts", "", f"{done.rollouts:,}")
         table.add_row("scored positions", "", f"{done.positions:,}")

@@ -59,6 +59,10 @@ class TrainReport:
     """Mean loss of each step, nats a position."""
     drift: dict[str, Any] = field(default_factory=dict)
     """Drift since the record before the last, by policy version."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Rows of the snapshot (the last, of several) that are not replayed, by the first reason."""
+    truncated: int = 0
+    """Rows of it that lost their last tokens."""
     train_s: float = 0.0
     """Seconds in the loop."""
 
@@ -110,15 +114,19 @@ class ReplayTrainer:
             rank=self._accelerator.process_index,
             world=self._accelerator.num_processes,
             one_row=not self.student.packs,
+            vocab_size=files.vocab_size,
             empty=empty_for(self._accelerator.device),
             agree=self._agree() if config.replay.follow_every_steps else None,
         )
+        (feed,) = self.stream.feeds
+        if feed.selection.missing:
+            self._accelerator.print(f"  {feed.selection.missing}")
         if self.stream.open_bytes > config.replay.cached_bytes:
             self._accelerator.print(
-                f"  blocks are decoded several times an epoch: {self.stream.open_bytes >> 20} MiB of "
-                f"them are in use at once, and replay.cached_bytes is "
-                f"{config.replay.cached_bytes >> 20} MiB; raise it, or lower replay.window_rows "
-                "and replay.block_rows"
+                "  blocks are decoded several times an epoch: "
+                f"{self.stream.open_bytes >> 20} MiB of them are in use at once, and "
+                f"replay.cached_bytes is {config.replay.cached_bytes >> 20} MiB; raise it, or "
+                "lower replay.window_rows and replay.block_rows"
             )
         self.total_steps = max(1, math.ceil(config.epochs * self.stream.steps_per_epoch))
         self._optimizer = _optimizer(self.student, config)
@@ -152,6 +160,8 @@ class ReplayTrainer:
         self.stream.close()
         report.train_s = time.perf_counter() - start
         report.steps = self.step
+        (feed,) = self.stream.feeds
+        report.left_out, report.truncated = feed.selection.left_out, feed.selection.truncated
         # end_training() would take the process group down too, which is not ours to end.
         for tracker in self._accelerator.trackers:
             tracker.finish()

@@ -42,10 +42,12 @@ def train(
     check_student(files, identity.tokenizer_fingerprint, identity.vocab_size, cache)
     snapshot = snapshot_for(opened, output, RUN, saved["snapshot"] if saved else None).id
 
-    model = load_student(files, "float32", pick_device("auto")).train()
+    device = pick_device("auto")
+    model = load_student(files, "float32", device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     source = StoredSource(root=cache, snapshot=snapshot)
-    dataset = ReplayDataset(source, REPLAY, num_steps=steps, one_row=not model.packs)
+    one_row, pin = not model.packs, device.type == "cuda"
+    dataset = ReplayDataset(source, REPLAY, num_steps=steps, one_row=one_row, pin=pin)
     if saved:
         model.load_state_dict(saved["student"])
         optimizer.load_state_dict(saved["optimizer"])

@@ -114,6 +114,8 @@ def main(student: str, cache: str, output: Path, **settings: Any) -> None:
     identity = opened.identity
     check_student(files, identity.tokenizer_fingerprint, identity.vocab_size, cache)
     args = TrainingArguments(str(output), ignore_data_skip=True, report_to="none", **settings)
+    if args.n_gpu > 1:  # without a launcher, Trainer would cut packed rows up among them
+        args._n_gpu = 1
     device = "cpu" if args.use_cpu else "auto"
     snapshot = same_on_all_ranks(lambda: choose_snapshot(opened, output), device)
     source = StoredSource(root=cache, snapshot=snapshot)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stillroom.train import attention
 from stillroom.train.attention import row_attention
@@ -36,3 +37,27 @@ def test_the_variable_length_kernel_is_row_attention(
         found.append((out.float(), *gradients))
     for fused, plain in zip(*found, strict=True):
         assert float((fused - plain).norm() / plain.norm()) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("dtype", "prefix"),
+    [
+        (torch.float32, None),
+        (torch.float32, [-1, 0, -1, 2, -1]),
+        (torch.bfloat16, [-1, 0, -1, 2, -1]),
+    ],
+)
+def test_grouped_heads_never_need_the_plain_kernel(
+    dtype: torch.dtype, prefix: list[int] | None
+) -> None:
+    """That one holds all scores of a segment."""
+    query, key, value = (
+        torch.randn(1, n, sum(LENGTHS), 64, device="cuda", dtype=dtype) for n in (6, 2, 2)
+    )
+    segments = segments_of(LENGTHS, prefix, torch.device("cuda"))
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel(fused):
+        out, _ = row_attention(torch.nn.Identity(), query, key, value, None, segments=segments)
+    with sdpa_kernel([SDPBackend.MATH]):
+        plain, _ = row_attention(torch.nn.Identity(), query, key, value, None, segments=segments)
+    assert float((out - plain).float().norm() / plain.float().norm()) < 0.01

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from stillroom.cache.pins import active_pins
 from stillroom.cache.store import Cache
@@ -91,6 +93,27 @@ def test_the_trainer_of_transformers_learns_and_resumes(
     main(str(student_dir), root, cut, max_steps=STEPS, **LOG)
     assert logged_losses(cut) == losses
     assert weights(cut) == weights(whole)
+
+
+class OnTwoGpus(TrainingArguments):
+    """Those of a machine where Trainer finds two."""
+
+    def __post_init__(self) -> None:
+        """Find them."""
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self._n_gpu = 2
+
+
+def test_the_trainer_of_transformers_never_cuts_packed_rows_up(
+    student_dir: Path, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DataParallel would, where several GPUs are seen without a launcher."""
+    main = load("hf_trainer.py", "main", SMALL)
+    monkeypatch.setitem(main.__globals__, "TrainingArguments", OnTwoGpus)
+    main(str(student_dir), root, tmp_path / "out", max_steps=1, **LOG)
+    args = torch.load(tmp_path / "out" / "student" / "training_args.bin", weights_only=False)
+    assert isinstance(args, OnTwoGpus)
+    assert args.n_gpu == 1
 
 
 def test_accumulated_steps_are_as_one_of_all_their_rows(

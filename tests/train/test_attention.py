@@ -224,6 +224,32 @@ def test_the_variable_length_kernel_is_not_asked_for_what_it_cannot_do(
     attend(heads, segments_of(LENGTHS, settings.get("prefix")), **rest)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"indices": torch.zeros(1, 13, 4)},
+        {"block_indices": torch.zeros(1, 13, 4)},
+        {"position_bias": torch.zeros(1, 4, 13, 13)},
+        {"is_causal": False},
+        {"anything": 1},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_would_be_lost_is_refused(settings: dict[str, Any]) -> None:
+    name = next(iter(settings))
+    with pytest.raises(
+        ShapeError, match=f"Identity: expected causal attention, no more; got {name}"
+    ):
+        attend(random_heads(sum(LENGTHS)), segments_of(LENGTHS), **settings)
+
+
+def test_what_changes_nothing_is_taken() -> None:
+    heads, segments = random_heads(sum(LENGTHS)), segments_of(LENGTHS)
+    others = dict.fromkeys(attention.HARMLESS, 3)
+    unset = {"indices": None, "position_bias": None, "output_attentions": False, "is_causal": True}
+    assert torch.equal(attend(heads, segments, **others, **unset), attend(heads, segments))
+
+
 class OnGpu:
     """What is asked of a tensor on a GPU."""
 
@@ -253,6 +279,23 @@ def test_the_variable_length_kernel_is_for_half_precision_on_gpus(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert attention._has_varlen(query, value) == has
+
+
+@pytest.mark.parametrize(
+    ("query", "mask", "takes"),
+    [
+        (OnGpu(), None, True),
+        (OnGpu(torch.float16), None, True),
+        (OnGpu(torch.float32), None, False),
+        (OnGpu(), torch.ones(3, 3), False),
+        (torch.zeros(1, 2, 3, 64), torch.ones(3, 3), True),
+    ],
+    ids=["bfloat16", "float16", "float32", "mask", "cpu"],
+)
+def test_on_gpus_only_flash_attention_takes_grouped_heads(
+    query: Any, mask: torch.Tensor | None, takes: bool
+) -> None:
+    assert attention._takes_groups(query, mask) == takes
 
 
 def test_autocast_decides_the_dtype_where_it_is_on() -> None:

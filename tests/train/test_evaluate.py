@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from stillroom.cache.causal_lm import load_causal_lm
+from stillroom.cache.errors import InputError
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.store import Cache
 from stillroom.replay.config import ReplayConfig
-from stillroom.train.evaluate import evaluate
+from stillroom.train.evaluate import as_json, evaluate
 from stillroom.train.student import load_student
 
 
@@ -38,7 +39,9 @@ def test_means_over_positions(
     snapshot = cache.snapshot()
     student = load_student(inspect_model(str(student_dir)), "float32", torch.device("cpu"))
     replay = ReplayConfig(batch_rows=2, max_tokens=64, block_rows=1, window_rows=1)
-    measured = evaluate(student, cache, snapshot, replay)["student"]
+    evaluation = evaluate(student, cache, snapshot, replay)
+    assert (evaluation.rows, evaluation.left_out, evaluation.truncated) == (5, {}, 0)
+    measured = evaluation.sources["student"]
     arrays = cache.shard(snapshot.commits[0]).all_rows()
     rows = []
     for i in range(5):
@@ -64,3 +67,36 @@ def test_means_over_positions(
     assert tails == pytest.approx(tuple(np.mean(rows, 0)[2:4]), rel=2e-3, abs=1e-9)
     assert measured.hidden_kl_bound_nats >= np.mean(rows, 0)[4] * 0.99 - 1e-6
     assert (measured.hidden_kl_bound_nats > 0) == (topk == 8)
+
+
+@pytest.mark.parametrize("over_long", ["skip", "truncate", "refuse"])
+def test_rows_that_are_not_measured_whole_are_counted(
+    tmp_path: Path, make_cache: Callable[..., Cache], student_dir: Path, over_long: str
+) -> None:
+    """Also where fewer are left than make a batch."""
+    cache = make_cache(tmp_path, rows=12)
+    snapshot = cache.snapshot()
+    (commit,) = snapshot.commits
+    tokens, prompt, positions = np.array(commit.row_lengths(), np.int64).T
+    limit = int(np.sort(tokens)[3])
+    student = load_student(inspect_model(str(student_dir)), "float32", torch.device("cpu"))
+    replay = ReplayConfig(batch_rows=12, max_tokens=limit, over_long=over_long)
+    if over_long == "refuse":
+        with pytest.raises(InputError, match="at least the longest row's"):
+            evaluate(student, cache, snapshot, replay)
+        return
+    found = evaluate(student, cache, snapshot, replay)
+    over, empty = tokens > limit, prompt >= limit
+    if over_long == "skip":
+        assert found.left_out == {"over_long": over.sum()}
+        assert (found.rows, found.truncated) == (12 - over.sum(), 0)
+        assert found.sources["student"].positions == positions[~over].sum()
+    else:
+        assert found.left_out == ({"no_position": empty.sum()} if empty.any() else {})
+        assert (found.rows, found.truncated) == (12 - empty.sum(), (over & ~empty).sum())
+        kept = np.minimum(tokens, limit) - prompt
+        assert found.sources["student"].positions == kept[~empty].sum()
+    counts = {"measured": found.rows, "truncated": found.truncated, "left_out": found.left_out}
+    plain = as_json(found)
+    assert plain["rows"] == counts
+    assert plain["student"]["positions"] == found.sources["student"].positions

@@ -125,12 +125,17 @@ def alone(architecture: str, dtype: torch.dtype, rows: list[np.ndarray]) -> tupl
 
 
 @architectures
-@torch.no_grad()
-def test_packed_logits_equal_those_of_the_rows_one_by_one(architecture: str) -> None:
+@checkpointing
+def test_packed_logits_equal_those_of_the_rows_one_by_one(
+    architecture: str, checkpointing: bool
+) -> None:
     """Not to the bit: matrix products of other shapes add in another order."""
-    rows = make_rows()
-    packed = by_row(make_student(architecture)(pack_rows(rows)), LENGTHS)
-    for single, found in zip(alone(architecture, torch.float32, rows)[1], packed, strict=True):
+    rows, student = make_rows(), make_student(architecture).train()
+    if checkpointing:
+        student.model.gradient_checkpointing_enable()
+    packed = by_row(student(pack_rows(rows)).detach(), LENGTHS)
+    singles = (single.detach() for single in alone(architecture, torch.float32, rows)[1])
+    for single, found in zip(singles, packed, strict=True):
         tolerance = 3e-6 * float(single.abs().max())
         torch.testing.assert_close(found, single, rtol=0, atol=tolerance)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory, make_cache: Callable[..., Ca
     return make_cache(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="module")
+def grouped(
+    tmp_path_factory: pytest.TempPathFactory, make_cache: Callable[..., Cache]
+) -> dict[bool, Cache]:
+    """Twenty-four scored rollouts, four of each prompt; all of whose tokens count, or a third."""
+    roots = {masked: tmp_path_factory.mktemp("grouped") for masked in (False, True)}
+    return {m: make_cache(root, rows=24, samples=4, masked=m) for m, root in roots.items()}
+
+
 def trainer(
     cache: Cache, student_dir: Path, output: Path, config: TrainConfig = CONFIG, run: str = "r"
 ) -> ReplayTrainer:
@@ -78,6 +88,85 @@ def test_split_into_micro_batches_does_not_matter(
     for (other_losses, other_grad), _ in found[1:]:
         assert other_losses == pytest.approx(losses, abs=1e-12)
         assert (other_grad - grad).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize(
+    ("over_long", "max_tokens"), [("refuse", 64), ("truncate", 18), ("truncate", 11), ("skip", 16)]
+)
+def test_shared_prompts_change_neither_loss_nor_gradient(
+    grouped: dict[bool, Cache],
+    student_dir: Path,
+    tmp_path: Path,
+    over_long: str,
+    max_tokens: int,
+    masked: bool,
+) -> None:
+    replay = replace(REPLAY, batch_rows=8, group_rows=4, over_long=over_long, max_tokens=max_tokens)
+    found, tokens = [], []
+    for share in (False, True):
+        config = replace(CONFIG, replay=replace(replay, share_prompts=share))
+        made = trainer(grouped[masked], student_dir, tmp_path, config)
+        found.append(gradient(made, 2))
+        batch = made.stream.next_batch()
+        tokens.append(sum(len(m.token) for m in batch.micro_batches if m is not None))
+    (losses, grad), (other_losses, other_grad) = found
+    assert other_losses == pytest.approx(losses, abs=1e-6)
+    assert (other_grad - grad).norm() < 1e-6 * grad.norm()
+    assert tokens[1] < tokens[0]
+
+
+@pytest.mark.parametrize(("device", "shares"), [("cpu", True), ("cuda", False)])
+def test_prompts_are_shared_on_a_cpu_unless_told_otherwise(
+    grouped: dict[bool, Cache], student_dir: Path, tmp_path: Path, device: str, shares: bool
+) -> None:
+    config = replace(CONFIG, replay=replace(REPLAY, batch_rows=8, group_rows=4))
+    made = trainer(grouped[False], student_dir, tmp_path, config)
+    prefixes = [m.prefix for m in made.stream.next_batch().micro_batches if m is not None]
+    assert (np.concatenate(prefixes) >= 0).sum() == 8
+    accelerator = SimpleNamespace(device=torch.device(device), print=print)
+    made._accelerator = accelerator
+    assert made._replay_config().share_prompts == shares
+    made._config = replace(config, replay=replace(config.replay, share_prompts=not shares))
+    assert made._replay_config().share_prompts != shares
+    made._config = replace(config, replay=REPLAY)
+    assert not made._replay_config().share_prompts
+
+
+@pytest.mark.parametrize("over_long", ["skip", "truncate"])
+def test_rows_that_are_not_read_whole_are_told(
+    cache: Cache,
+    student_dir: Path,
+    tmp_path: Path,
+    over_long: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Once, and in the report."""
+    (commit,) = cache.snapshot().commits
+    lengths = np.array(commit.row_lengths(), np.int64)
+    limit = int(np.median(lengths[:, 0]))
+    assert (lengths[:, 1] < limit).all(), "each row keeps a position"
+    over = int((lengths[:, 0] > limit).sum())
+    replay = replace(REPLAY, batch_rows=3, max_tokens=limit, over_long=over_long)
+    config = replace(CONFIG, epochs=1, replay=replay)
+    report = trainer(cache, student_dir, tmp_path, config, run=over_long).train()
+    said = capsys.readouterr().out
+    if over_long == "skip":
+        assert (report.left_out, report.truncated) == ({"over_long": over}, 0)
+        assert said.count(f"  rows left out: {over} by over_long\n") == 1
+    else:
+        assert (report.left_out, report.truncated) == ({}, over)
+        assert said.count(f"  {over} truncated\n") == 1
+
+
+def test_nothing_is_said_where_every_row_is_read_whole(
+    cache: Cache, student_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = trainer(cache, student_dir, tmp_path)
+    assert made.stream.feeds[0].selection.missing == ""
+    said = capsys.readouterr().out
+    assert "left out" not in said
+    assert "truncated" not in said
 
 
 def test_loss_is_the_mean_over_all_positions(
