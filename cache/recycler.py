@@ -19,8 +19,8 @@ LOOK_AT = 32
 
 
 class Recycler:
-    """Makes arrays as np.empty does. A buffer that no array refers to any more is used again. Threads
-    may share it.
+    """Makes arrays as np.empty does, in buffers that no array refers to any more. Threads may share
+    it.
 
     Args:
         limit: bytes of buffers beyond which those that are free are let go.
