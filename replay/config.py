@@ -50,6 +50,9 @@ class ReplayConfig:
     """Whether the rollouts of a group go through the student with their prompt once; takes
     group_rows above 1. If nothing is said, training does so on a CPU, where it is known to be
     faster, and a stream by itself does not."""
+    even_ranks: bool = False
+    """Whether a step's rows are dealt to ranks by length, so that all are done at the same time. A
+    rank then decodes blocks of every lane, where it would read its own lanes only."""
     cached_bytes: int = 1 << 30
     """Decoded blocks kept in memory, bytes."""
     ahead_bytes: int = 256 << 20

@@ -119,7 +119,8 @@ class Feed:
     def open_bytes(self, world: int) -> int:
         """About what the blocks take that one of so many ranks has in use at once."""
         plan, _ = self._epoch(0)
-        share = world if plan.lanes % world == 0 else 1
+        own = plan.lanes % world == 0 and not self._config.even_ranks
+        share = world if own else 1
         wanted = plan.lanes * (plan.window + 2 * plan.block) * self._config.group_rows / share
         size, kept = self._config.block_rows, self.selection.rows
         read = len(np.unique(kept // size)) * size / len(kept)

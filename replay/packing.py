@@ -72,6 +72,24 @@ def balance(
     return [sorted(items) for items in bins]
 
 
+def deal(tokens: Sequence[int], ranks: int) -> list[list[int]]:
+    """Share out items among ranks, the longest first to the rank with the fewest tokens, until it
+    has its part of their number, rounded up.
+
+    Returns:
+        Indices into tokens; every item once, in order within a rank.
+    """
+    most = -(-len(tokens) // ranks)
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    least = [(0, rank) for rank in range(ranks)]
+    for i in _longest_first(tokens):
+        held, rank = heapq.heappop(least)
+        hands[rank].append(i)
+        if len(hands[rank]) < most:
+            heapq.heappush(least, (held + tokens[i], rank))
+    return [sorted(items) for items in hands]
+
+
 def imbalance(tokens: Sequence[int]) -> float:
     """How much longer the fullest takes than if all were equal: largest / mean, 1 at best."""
     return max(tokens) * len(tokens) / sum(tokens)

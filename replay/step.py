@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from stillroom.replay.config import ReplayConfig
 from stillroom.replay.feed import Feed, Unit
 from stillroom.replay.mix import drawn
-from stillroom.replay.packing import balance, num_micro_batches
+from stillroom.replay.packing import balance, deal, num_micro_batches
 from stillroom.replay.place import Place, Span, after_steps, next_step
 
 Key = tuple[Feed, int]
@@ -149,15 +149,25 @@ class Planner:
         return Position(at.step + steps, total, tuple(places))
 
     def _pack(self, units: Sequence[tuple[Feed, Unit]]) -> tuple[tuple[Item, ...], ...]:
-        ranks: list[list[Item]] = [[] for _ in range(self._world)]
-        for feed, unit in units:
-            ranks[(unit.g + feed.number) % self._world] += self._items(feed, unit)
+        ranks = self._share_out([(feed, unit, self._items(feed, unit)) for feed, unit in units])
         tokens = [[item.tokens for item in items] for items in ranks]
         count = num_micro_batches(tokens, self._config.max_tokens, self._most)
         own = ranks[self._rank]
         packed = balance(tokens[self._rank], count, self._config.max_tokens, self._most)
         filled = [tuple(own[i] for i in part) for part in packed]
         return (*filled, *[()] * (count - len(filled)))
+
+    def _share_out(self, units: Sequence[tuple[Feed, Unit, list[Item]]]) -> list[list[Item]]:
+        """Each rank's items."""
+        ranks: list[list[Item]] = [[] for _ in range(self._world)]
+        if self._config.even_ranks:
+            tokens = [sum(item.tokens for item in items) for _, _, items in units]
+            for rank, hand in enumerate(deal(tokens, self._world)):
+                ranks[rank] += [item for i in hand for item in units[i][2]]
+        else:
+            for feed, unit, items in units:
+                ranks[(unit.g + feed.number) % self._world] += items
+        return ranks
 
     def _items(self, feed: Feed, unit: Unit) -> list[Item]:
         """A unit's rows one by one, or with their prompt once, in as few pieces as may be."""

@@ -98,6 +98,7 @@ class ReplayStream:
         config = self._config
         sizes = {"batch_rows": config.batch_rows, "max_tokens": config.max_tokens}
         sizes |= {"share_prompts": bool(config.share_prompts), "world": self._world}
+        sizes |= {"even_ranks": config.even_ranks}
         return sizes | {"follow_every_steps": self._follow} | self.state_dict()
 
     @property

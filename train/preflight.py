@@ -33,6 +33,7 @@ FREE = frozenset(
         "train.replay.ahead_bytes",
         "train.replay.threads",
         "train.replay.share_prompts",
+        "train.replay.even_ranks",
     }
 )
 """Settings that may change while a run goes on: they decide how it runs, not what it is."""

@@ -1,10 +1,11 @@
 """Packing: a partition into bounded bins, the same number of them on every rank, and even ones."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillroom.replay.packing import balance, imbalance, num_micro_batches, pack
+from stillroom.replay.packing import balance, deal, imbalance, num_micro_batches, pack
 
 MAX_TOKENS = 40
 lengths = st.lists(st.integers(1, MAX_TOKENS), max_size=40)
@@ -105,3 +106,26 @@ def test_balance_falls_back_where_the_longest_first_overflow() -> None:
 @pytest.mark.parametrize(("tokens", "ratio"), [([4, 4], 1), ([6, 2], 1.5), ([9, 0, 0], 3)])
 def test_imbalance_is_the_largest_by_the_mean(tokens: list[int], ratio: float) -> None:
     assert imbalance(tokens) == ratio
+
+
+@given(st.lists(st.integers(1, 1000), max_size=60), st.integers(1, 9))
+def test_dealing_gives_every_item_once_and_as_many_to_each_rank(
+    tokens: list[int], ranks: int
+) -> None:
+    hands = deal(tokens, ranks)
+    assert sorted(i for hand in hands for i in hand) == list(range(len(tokens)))
+    assert len(hands) == ranks
+    assert max(map(len, hands)) <= -(-len(tokens) // ranks)
+    assert all(hand == sorted(hand) for hand in hands)
+
+
+def test_ranks_that_are_dealt_to_by_length_are_nearly_even() -> None:
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(50):
+        tokens = rng.lognormal(6, 0.8, 64).astype(int).tolist()
+        dealt = [sum(tokens[i] for i in hand) for hand in deal(tokens, 8)]
+        in_turn = [sum(tokens[rank::8]) for rank in range(8)]
+        found.append((imbalance(dealt), imbalance(in_turn)))
+    even, uneven = np.mean(found, axis=0)
+    assert even < 1.05 < 1.3 < uneven

@@ -111,6 +111,7 @@ def cases(draw: st.DrawFn) -> Case:
         window_rows=draw(st.integers(1, 12)),
         last_batch="carry" if num_caches > 1 else draw(st.sampled_from(("keep", "drop", "carry"))),
         seed=draw(st.integers(0, 99)),
+        even_ranks=draw(st.booleans()),
     )
     return Case(config, draw(st.integers(1, 6)), draw(st.booleans()), num_caches)
 
