@@ -22,12 +22,14 @@ from stillroom.tools import bench_s3
 from stillroom.tools.bench_data import made_up
 from stillroom.tools.bench_replay_peers import PeerSpeed, loaders, measure_peer
 from stillroom.tools.bench_stream import (
+    WARM_UP,
     Delivered,
     Replayed,
     Resumed,
     Waited,
     alone,
     deliver,
+    deliver_epochs,
     resume,
     wait,
 )
@@ -44,7 +46,7 @@ S3_THREADS = 16
 WAIT_S = 30.0
 PEER_S = 180.0
 """A loader that takes longer, its writing included, is stopped."""
-DELIVERED = ("loader", "threads", "positions/s", "cores", "memory MiB")
+DELIVERED = ("loader", "threads", "first epoch", "next epoch", "cores", "memory MiB")
 PEERS = ("loader", "first epoch", "next epochs", "cores", "memory MiB", "we are x", "x")
 
 
@@ -53,7 +55,10 @@ class Streamed:
     """The stream with one number of threads."""
 
     threads: int
-    speed: Delivered
+    first: Delivered
+    """An epoch that begins with nothing decoded."""
+    later: Delivered
+    """The next one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,18 +131,18 @@ def bench_replay(
                 positions=snapshot.positions,
                 copies=replayed.copies,
                 topk=Cache.open(found).identity.topk,
-                streams=[
-                    Streamed(
-                        threads=ReplayConfig(threads=threads).read_threads(remote=False),
-                        speed=done(alone(deliver, replayed, ReplayConfig(threads=threads))),
-                    )
-                    for threads in THREADS
-                ],
+                streams=[done(_streamed(replayed, threads)) for threads in THREADS],
                 peers=[done(_measured_peer(name, replayed, config)) for name in names],
                 s3=_from_s3(replayed) if with_s3 else None,
                 waited=done(alone(wait, replayed, config, tokens_s, WAIT_S)),
                 resumed=done(alone(resume, replayed, config)),
             )
+
+
+def _streamed(replayed: Replayed, threads: int) -> Streamed:
+    config = ReplayConfig(threads=threads)
+    first, later = alone(deliver_epochs, replayed, config, 2)
+    return Streamed(threads=config.read_threads(remote=False), first=first, later=later)
 
 
 def _measured_peer(name: str, replayed: Replayed, config: ReplayConfig) -> PeerSpeed:
@@ -206,23 +211,26 @@ def print_figures(figures: ReplayFigures) -> None:
     """Print tables."""
     say(
         f"{figures.rows:,} rows, {figures.positions:,} positions at K = {figures.topk}"
-        f" (parts listed {figures.copies} times); every block is decoded in the measured epoch"
+        f" (parts listed {figures.copies} times); packed positions/s:"
     )
     rows: list[tuple[object, ...]] = [
-        ("Stillroom", row.threads, *_speed(row.speed)) for row in figures.streams
+        ("Stillroom", row.threads, round(row.first.positions_s), *_speed(row.later))
+        for row in figures.streams
     ]
     if figures.s3:
-        rows.append(("Stillroom, S3", figures.s3.threads, *_speed(figures.s3.speed)))
+        speed, cores, memory = _speed(figures.s3.speed)
+        rows.append(("Stillroom, S3", figures.s3.threads, speed, None, cores, memory))
     print_table(DELIVERED, rows, text=("loader",))
     if figures.s3:
         say(f"S3: {figures.s3.requests:,} requests")
     if figures.peers:
-        own = figures.default.speed.positions_s
-        print_table(PEERS, [_peer(row, own) for row in figures.peers], text=("loader",))
+        peers = [_peer(row, figures.default) for row in figures.peers]
+        print_table(PEERS, peers, text=("loader",))
     waited = figures.waited
     say(
         f"A trainer of {waited.tokens_s:,.0f} tokens/s waits {waited.share:.2%} of its time over"
-        f" {waited.steps:,} steps, and {waited.first_batch_s:.2f} s for the first batch"
+        f" {waited.steps:,} steps ({waited.later_share:.2%} after the first {WARM_UP}), and"
+        f" {waited.first_batch_s:.2f} s for the first batch"
     )
     for row in figures.resumed:
         say(
@@ -235,10 +243,10 @@ def _speed(speed: Delivered) -> tuple[object, ...]:
     return round(speed.positions_s), round(speed.cores, 2), round(speed.memory_mb)
 
 
-def _peer(row: PeerSpeed, own: float) -> tuple[object, ...]:
+def _peer(row: PeerSpeed, own: Streamed) -> tuple[object, ...]:
     if row.first is None or row.later is None:
         return row.name, row.failed, *[None] * 5
     first, later = row.first.positions_s, row.later.positions_s
     cores, memory = round(row.later.cores, 2), round(row.first.memory_mb)
-    ratios = round(own / first, 1), round(own / later, 1)
+    ratios = round(own.first.positions_s / first, 1), round(own.later.positions_s / later, 1)
     return row.name, round(first), round(later), cores, memory, *ratios

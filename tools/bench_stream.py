@@ -26,6 +26,10 @@ END_S = 10.0
 Result = TypeVar("Result")
 
 
+WARM_UP = 32
+"""Steps, of one row a lane, in which about half of a lane's first window goes by."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replayed:
     """What is replayed."""
@@ -78,6 +82,8 @@ class Waited:
     first_batch_s: float
     share: float
     """Of its time, the first batch left out, in which it waits for a batch."""
+    later_share: float
+    """The same without the first WARM_UP steps, in which all lanes open their first blocks."""
     steps: int
 
 
@@ -118,10 +124,19 @@ def alone(measure: Callable[..., Result], *args: Any, most_s: float | None = Non
 
 def deliver(replayed: Replayed, config: ReplayConfig) -> Delivered:
     """Take one epoch of a stream that has decoded nothing yet."""
-    with ReplayStream(replayed.source(), config) as stream, measuring() as measured:
-        batches = (stream.next_batch() for _ in range(stream.steps_per_epoch))
-        measured.positions = sum(map(_positions, batches))
-    return measured.found()
+    return deliver_epochs(replayed, config, 1)[0]
+
+
+def deliver_epochs(replayed: Replayed, config: ReplayConfig, epochs: int) -> list[Delivered]:
+    """Take epochs one after another, each measured by itself."""
+    found = []
+    with ReplayStream(replayed.source(), config) as stream:
+        for _ in range(epochs):
+            with measuring() as measured:
+                batches = (stream.next_batch() for _ in range(stream.steps_per_epoch))
+                measured.positions = sum(map(_positions, batches))
+            found.append(measured.found())
+    return found
 
 
 def wait(replayed: Replayed, config: ReplayConfig, tokens_s: float, most_s: float) -> Waited:
@@ -136,16 +151,28 @@ def wait(replayed: Replayed, config: ReplayConfig, tokens_s: float, most_s: floa
     with ReplayStream(replayed.source(), config) as stream:
         start = time.perf_counter()
         batch = stream.next_batch()
-        now = time.perf_counter()
-        first, begun, waited, steps = now - start, now, 0.0, 1
-        while steps < stream.steps_per_epoch and now - begun < most_s:
+        begun = now = time.perf_counter()
+        taken: list[tuple[float, float]] = []
+        while len(taken) + 1 < stream.steps_per_epoch and now - begun < most_s:
+            before = now
             time.sleep(_tokens(batch) / tokens_s)
             asked = time.perf_counter()
             batch = stream.next_batch()
             now = time.perf_counter()
-            waited, steps = waited + now - asked, steps + 1
-    share = waited / (now - begun) if steps > 1 else 0.0
-    return Waited(tokens_s=tokens_s, first_batch_s=first, share=share, steps=steps)
+            taken.append((now - asked, now - before))
+    return Waited(
+        tokens_s=tokens_s,
+        first_batch_s=begun - start,
+        share=_share(taken),
+        later_share=_share(taken[WARM_UP:]),
+        steps=len(taken) + 1,
+    )
+
+
+def _share(taken: list[tuple[float, float]]) -> float:
+    """Seconds of waiting in all seconds; 0 without any."""
+    waited, seconds = map(sum, zip(*taken, strict=True)) if taken else (0.0, 1.0)
+    return waited / seconds
 
 
 def resume(replayed: Replayed, config: ReplayConfig) -> list[Resumed]:
