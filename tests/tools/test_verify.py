@@ -14,7 +14,6 @@ from stillroom.cache.commits import commit_path
 from stillroom.cache.errors import StorageError
 from stillroom.cache.storage import Entry, Storage
 from stillroom.cache.store import Cache
-from stillroom.tools.repair import repair
 from stillroom.tools.verify import verify
 from tests.cache.fakes import make_meta
 from tests.tools import small_cache
@@ -287,9 +286,7 @@ def test_the_marks_of_gc_are_listed_as_often_for_four_damaged_shards_as_for_one(
         for part in parts:
             flip(shard_object(cache.storage.folder, part), 500)
         before = listed.count("removed")
-        report = verify(cache)
-        assert len(report.findings) == len(parts)
-        repair(cache, report, deep=False)
+        assert len(verify(cache).findings) == len(parts)
         return listed.count("removed") - before
 
     monkeypatch.setattr(Storage, "list", noting)
