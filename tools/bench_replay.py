@@ -214,12 +214,10 @@ def print_figures(figures: ReplayFigures) -> None:
         f" (parts listed {figures.copies} times); packed positions/s:"
     )
     rows: list[tuple[object, ...]] = [
-        ("Stillroom", row.threads, round(row.first.positions_s), *_speed(row.later))
-        for row in figures.streams
+        _stream_row("Stillroom", row.threads, row.first, row.later) for row in figures.streams
     ]
     if figures.s3:
-        speed, cores, memory = _speed(figures.s3.speed)
-        rows.append(("Stillroom, S3", figures.s3.threads, speed, None, cores, memory))
+        rows.append(_stream_row("Stillroom, S3", figures.s3.threads, figures.s3.speed, None))
     print_table(DELIVERED, rows, text=("loader",))
     if figures.s3:
         say(f"S3: {figures.s3.requests:,} requests")
@@ -239,8 +237,12 @@ def print_figures(figures: ReplayFigures) -> None:
         )
 
 
-def _speed(speed: Delivered) -> tuple[object, ...]:
-    return round(speed.positions_s), round(speed.cores, 2), round(speed.memory_mb)
+def _stream_row(
+    name: str, threads: int, first: Delivered, later: Delivered | None
+) -> tuple[object, ...]:
+    next_epoch = None if later is None else round(later.positions_s)
+    cores, memory = round((later or first).cores, 2), round(first.memory_mb)
+    return name, threads, round(first.positions_s), next_epoch, cores, memory
 
 
 def _peer(row: PeerSpeed, own: Streamed) -> tuple[object, ...]:
