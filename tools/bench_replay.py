@@ -8,7 +8,7 @@ before it is measured; the others check none.
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from stillroom.cache.commits import commit_path, read_commit
@@ -117,8 +117,8 @@ def bench_replay(
         ConfigError: there is no object store.
     """
     with _root(root, positions, topk) as found:
-        replayed, config = _replayed(found, positions, rows), ReplayConfig()
-        snapshot = replayed.source().snapshot
+        replayed = _replayed(found, positions, rows)
+        snapshot, config = replayed.source().snapshot, _config(replayed)
         names = loaders() if with_peers else []
         with Progress("bench", len(THREADS) + len(names) + with_s3 + 2, "figures") as progress:
 
@@ -139,8 +139,14 @@ def bench_replay(
             )
 
 
+def _config(replayed: Replayed, threads: int = 0) -> ReplayConfig:
+    """The default settings, with a step of no more rows than there are."""
+    default, rows = ReplayConfig(threads=threads), replayed.source().snapshot.rows
+    return replace(default, batch_rows=min(default.batch_rows, rows))
+
+
 def _streamed(replayed: Replayed, threads: int) -> Streamed:
-    config = ReplayConfig(threads=threads)
+    config = _config(replayed, threads)
     first, later = alone(deliver_epochs, replayed, config, 2)
     return Streamed(threads=config.read_threads(remote=False), first=first, later=later)
 
@@ -191,14 +197,14 @@ def _replayed(root: str, positions: int, rows: int) -> Replayed:
 
 
 def _from_s3(replayed: Replayed) -> FromS3:
-    config = ReplayConfig(threads=S3_THREADS)
     with bench_s3.serving() as s3:
         alone(bench_s3.upload, replayed.root, s3.environment)
         before = s3.requests
         remote = Replayed(
             root=bench_s3.ROOT, parts=replayed.parts, copies=1, environment=s3.environment
         )
-        speed = alone(deliver, remote, config)
+        few = replace(replayed, copies=1)
+        speed = alone(deliver, remote, _config(few, S3_THREADS))
         return FromS3(threads=S3_THREADS, speed=speed, requests=s3.requests - before)
 
 

@@ -115,7 +115,9 @@ def check(root: Path, expected: dict[str, Arrays], before: dict[str, bytes]) -> 
 
 def left_behind(root: Path) -> set[Path]:
     """Objects of attempts, and temporary files."""
-    return {*root.glob("scores/*/*/*"), *root.glob("commits/*/.*.tmp")}
+    while True:
+        with suppress(FileNotFoundError):  # gc removed a folder that was just listed
+            return {*root.glob("scores/*/*/*"), *root.glob("commits/*/.*.tmp")}
 
 
 def leave_more(root: Path, rng: random.Random) -> None:
