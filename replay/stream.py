@@ -90,7 +90,7 @@ class ReplayStream:
         self._looked_at = 0
         self._agreed: tuple[int, list[str]] | None = None
         check_same_on_ranks(self._what_ranks_share(), world)
-        remote = any("://" in str(source.cache.storage.root) for source in sources)
+        remote = not all(source.cache.storage.is_local for source in sources)
         threads = config.read_threads(remote)
         self._ahead = Prefetch(config.cached_bytes, config.ahead_bytes, threads, empty or made)
 

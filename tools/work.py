@@ -107,13 +107,15 @@ def score_all(job: ScoreJob) -> int:
 
 def train_newest(job: TrainJob) -> int:
     """`stillroom train`."""
+    from stillroom.train.publish import check_publishable, publish
+
+    check_publishable(Storage(job.root))
     cache = Cache.open(job.root)
     _newest(cache)
     if not cache.commits().keys() - cache.retired():
         do = "Run 'stillroom rollout' and 'stillroom score' first."
         raise InputError(cache.storage.root, "scored parts to train on", "none", do)
     from stillroom.train.parallel import same_on_all_ranks
-    from stillroom.train.publish import publish
     from stillroom.train.run_snapshot import release_snapshot, snapshot_for
     from stillroom.train.trainer import ReplayTrainer
 

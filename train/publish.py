@@ -20,6 +20,17 @@ TOKENIZER_FILES = (
 )
 
 
+def check_publishable(storage: Storage) -> None:
+    """Refuse a root that no student can be published into; before it is trained.
+
+    Raises:
+        StorageError: the root is no local folder.
+    """
+    if not storage.is_local:
+        do = "Train with a root on a shared file system."
+        raise StorageError(storage.root, "a folder to publish weights in", "an object store", do)
+
+
 def publish(
     storage: Storage,
     student: Student,
@@ -46,9 +57,7 @@ def publish(
         StorageError: the root is no local folder.
         MismatchError: the version exists with other weights.
     """
-    if not storage.is_local:
-        do = "Train with a root on a shared file system."
-        raise StorageError(storage.root, "a folder to publish weights in", "an object store", do)
+    check_publishable(storage)
     base = storage.folder
 
     def fill(folder: Path) -> str:

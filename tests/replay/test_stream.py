@@ -34,7 +34,7 @@ from stillroom.replay.feed import Source
 from stillroom.replay.plan import Plan
 from stillroom.replay.row_filter import RowFilter
 from stillroom.replay.stream import ReplayStream
-from tests.replay.conftest import add_scored_part
+from tests.replay.conftest import VOCAB_SIZE, add_scored_part
 
 CONFIG = ReplayConfig(batch_rows=6, max_tokens=40, block_rows=4, window_rows=5, seed=3)
 ROWS = 37
@@ -450,3 +450,10 @@ def test_a_changed_manifest_or_a_lost_shard_stops_the_stream(
     stream = ReplayStream(Source(cache, cache.snapshot([commits[2].part])), CONFIG)
     with pytest.raises(MissingError, match=OBJECT_NAME):
         stream.next_batch()
+
+
+def test_a_cache_of_another_vocabulary_than_the_student_is_refused(scored_cache: Cache) -> None:
+    source = Source(scored_cache, scored_cache.snapshot())
+    ReplayStream(source, CONFIG, vocab_size=VOCAB_SIZE)
+    with pytest.raises(MismatchError, match="expected a vocabulary of 51; got 50"):
+        ReplayStream(source, CONFIG, vocab_size=51)

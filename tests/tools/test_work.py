@@ -184,3 +184,14 @@ def test_a_student_may_lie_elsewhere(
         ran = run(command, *flags[command], *more)
         assert ran.status == 0, ran.err
     assert policy_versions(Cache.open(tmp_path / "cache").storage) == [0, 1]
+
+
+def test_a_root_that_no_student_can_be_published_into_is_refused_at_once(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cache, "open", lambda *_: pytest.fail("the root was asked for something"))
+    where = ("--root", "s3://bucket/cache", "--output", str(tmp_path / "out"))
+    ran = run("train", *where, "--run-name", "a")
+    assert ran.status != 0
+    assert "expected a folder to publish weights in; got an object store" in ran.err
+    assert not (tmp_path / "out").exists()
