@@ -83,10 +83,12 @@ def _changed(rng: random.Random, value: Any, whole: Any) -> Any:
 
 def _other(rng: random.Random, value: Any, whole: Any) -> Any:
     choice = rng.randrange(6)
-    if choice == 0 and type(value) in (int, float):
+    if choice == 0 and type(value) is int:
+        return value + rng.choice((-1, 1, 2**31, 2**32))
+    if choice == 0 and type(value) is float:
         return value + rng.choice((-1, 1, 0.5, 2**31, 2**32))
     if choice == 1 and isinstance(value, str):
-        return mutate_bytes(rng, value.encode()).decode(errors="replace")
+        return mutate_bytes(rng, value.encode(errors="surrogatepass")).decode(errors="replace")
     if choice == 2 and isinstance(value, list):
         return value + value[-1:]
     if choice == 3 and isinstance(value, dict):

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.kinds import KINDS, PLANTED, fuzz_one
-from tests.fuzz.mutate import mutate_bytes
+from tests.fuzz.mutate import mutate_bytes, mutate_json
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = 12
@@ -42,6 +42,18 @@ def test_changed_samples(kind: str, seed: int, plain: bool) -> None:
         packed = base64.b64encode(data).decode()
         error.add_note(f"python -m tests.fuzz {kind!r} --again {packed}")
         raise
+
+
+@pytest.mark.parametrize(
+    "sample", [rb'{"a":"\udff0x"}', b"[1" + b"0" * 400 + b",0.5,1e308]", b"[[[]],{}]"]
+)
+def test_changes_can_be_changed_again(sample: bytes) -> None:
+    """What coverage keeps is changed on: lone surrogates and long integers are no obstacle."""
+    rng = random.Random(0)
+    for _ in range(300):
+        data = sample
+        for _ in range(4):
+            data = mutate_json(rng, data)
 
 
 @pytest.mark.slow
