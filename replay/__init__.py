@@ -1,7 +1,7 @@
 """Reading a cache in a reproducible order, and keeping it fresh."""
 
 from stillroom.replay.batch import Batch, MicroBatch
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.plan import Plan
 from stillroom.replay.row_filter import RowFilter
@@ -11,8 +11,8 @@ __all__ = [
     "Batch",
     "MicroBatch",
     "Plan",
-    "ReplayConfig",
     "ReplayStream",
     "RowFilter",
     "Source",
+    "StreamConfig",
 ]

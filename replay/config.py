@@ -25,7 +25,7 @@ LEAST = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReplayConfig:
+class StreamConfig:
     """How cached rows come to a trainer."""
 
     batch_rows: int = 64

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from stillroom.cache.errors import ConfigError, ForkedError
 from stillroom.replay.batch import Batch
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.dataset_state import DatasetState
 from stillroom.replay.feed import StoredSource
 from stillroom.replay.pinned import pinned_empty
@@ -51,7 +51,7 @@ class ReplayDataset(IterableDataset[Step]):
     def __init__(
         self,
         sources: StoredSource | Sequence[StoredSource],
-        config: ReplayConfig,
+        config: StreamConfig,
         *,
         rank: int = 0,
         world: int = 1,
@@ -195,7 +195,7 @@ class _Running:
         )
 
 
-def _share(config: ReplayConfig, workers: int, remote: bool) -> ReplayConfig:
+def _share(config: StreamConfig, workers: int, remote: bool) -> StreamConfig:
     """One worker's part of the memory and the threads of all."""
     if workers == 1:
         return config

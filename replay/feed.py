@@ -11,7 +11,7 @@ from stillroom.cache.recycler import Empty
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
 from stillroom.replay.batch import LAYOUT
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.place import Span
 from stillroom.replay.plan import Plan
 from stillroom.replay.reader import RowReader
@@ -88,7 +88,7 @@ class Feed:
     """
 
     def __init__(
-        self, source: Source, number: int, config: ReplayConfig, empty: Empty = np.empty
+        self, source: Source, number: int, config: StreamConfig, empty: Empty = np.empty
     ) -> None:
         """Choose rows; none is read yet."""
         self.source, self.number, self._config, self._empty = source, number, config, empty

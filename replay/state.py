@@ -6,7 +6,7 @@ from typing import Any
 
 from stillroom.cache.errors import CorruptError, MismatchError
 from stillroom.cache.pins import SNAPSHOT_ID
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Feed
 from stillroom.replay.place import Place
 from stillroom.replay.step import Position
@@ -23,7 +23,7 @@ History = list[tuple[int, str]]
 
 
 def state_of(
-    config: ReplayConfig,
+    config: StreamConfig,
     feeds: Sequence[Feed],
     shares: Sequence[int],
     position: Position,
@@ -74,7 +74,7 @@ def snapshots_in(state: dict[str, Any]) -> list[str]:
 
 
 def check_settings(
-    state: dict[str, Any], config: ReplayConfig, feeds: Sequence[Feed], shares: Sequence[int]
+    state: dict[str, Any], config: StreamConfig, feeds: Sequence[Feed], shares: Sequence[int]
 ) -> None:
     """See that a state belongs to these caches and settings, whichever their snapshots are.
 
@@ -95,7 +95,7 @@ def check_settings(
 
 
 def check_state(
-    state: dict[str, Any], config: ReplayConfig, feeds: Sequence[Feed], shares: Sequence[int]
+    state: dict[str, Any], config: StreamConfig, feeds: Sequence[Feed], shares: Sequence[int]
 ) -> tuple[Position, list[History]]:
     """Where a state stands, if it belongs to these caches, snapshots and settings.
 
@@ -111,7 +111,7 @@ def check_state(
 
 
 def _beginning(
-    config: ReplayConfig, feeds: Sequence[Feed], shares: Sequence[int]
+    config: StreamConfig, feeds: Sequence[Feed], shares: Sequence[int]
 ) -> dict[str, Any]:
     start = Position(0, 0, (Place(),) * len(feeds))
     return state_of(config, feeds, shares, start, [[]] * len(feeds))

@@ -4,7 +4,7 @@ for it; every rank finds the same plan."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Feed, Unit
 from stillroom.replay.mix import drawn
 from stillroom.replay.packing import balance, deal, num_micro_batches
@@ -89,7 +89,7 @@ class Planner:
         self,
         feeds: Sequence[Feed],
         shares: Sequence[int],
-        config: ReplayConfig,
+        config: StreamConfig,
         rank: int,
         world: int,
         one_row: bool,

@@ -18,7 +18,7 @@ from stillroom.cache.errors import (
 )
 from stillroom.cache.recycler import Empty, Recycler
 from stillroom.replay.batch import Batch
-from stillroom.replay.config import AT_EPOCH_END, ReplayConfig
+from stillroom.replay.config import AT_EPOCH_END, StreamConfig
 from stillroom.replay.feed import Feed, Source
 from stillroom.replay.follow import Agree, agree_among, check_same_on_ranks, newest_snapshots
 from stillroom.replay.mix import shares
@@ -55,7 +55,7 @@ class ReplayStream:
     def __init__(
         self,
         sources: Source | Sequence[Source],
-        config: ReplayConfig,
+        config: StreamConfig,
         *,
         rank: int = 0,
         world: int = 1,

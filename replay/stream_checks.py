@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from stillroom.cache.errors import ConfigError, InputError, MismatchError
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Feed, Source
 
 
-def check_stride(stride: int, config: ReplayConfig) -> None:
+def check_stride(stride: int, config: StreamConfig) -> None:
     """Refuse strides that cannot be taken."""
     if stride < 1 or (stride > 1 and config.follow_every_steps):
         got, do = f"{stride}", "Set replay.follow_every_steps to 0, or stride to 1."
@@ -21,7 +21,7 @@ def check_ranks(rank: int, world: int) -> None:
         raise ConfigError("rank", f"0 to {world - 1}", f"{rank}", do)
 
 
-def check_sources(sources: Sequence[Source], config: ReplayConfig, vocab_size: int | None) -> None:
+def check_sources(sources: Sequence[Source], config: StreamConfig, vocab_size: int | None) -> None:
     """Refuse empty snapshots, and caches whose tokens or temperatures differ."""
     if not sources:
         raise ConfigError("sources", "a cache at least", "none", "Name one.")
@@ -48,7 +48,7 @@ def check_sources(sources: Sequence[Source], config: ReplayConfig, vocab_size: i
         raise ConfigError("replay.last_batch, follow_every_steps", expected, got, do)
 
 
-def check_batch(feeds: Sequence[Feed], config: ReplayConfig) -> None:
+def check_batch(feeds: Sequence[Feed], config: StreamConfig) -> None:
     """Refuse a step of more rows, or groups, than are replayed."""
     units = sum(feed.units for feed in feeds)
     wanted = config.batch_rows // config.group_rows

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.cache.testing_shard import expect
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import StoredSource
 from stillroom.replay.follow import agree_alone
 from stillroom.replay.stream import ReplayStream
@@ -45,7 +45,7 @@ class StoredStream:
     kind of stream."""
 
     sources: tuple[StoredSource, ...]
-    config: ReplayConfig
+    config: StreamConfig
     one_row: bool = False
 
     def open(self, rank: int = 0, world: int = 1, **changes: Any) -> ReplayStream:
@@ -67,10 +67,10 @@ class Variant:
 
     world: int = 1
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of `ReplayConfig` that are other than in the run."""
+    """Settings of `StreamConfig` that are other than in the run."""
 
 
-def variants_of(config: ReplayConfig) -> list[Variant]:
+def variants_of(config: StreamConfig) -> list[Variant]:
     """The ones that are tried if nothing else is said."""
     units = config.batch_rows // config.group_rows
     half, third = (max(1, units // n) * config.group_rows for n in (2, 3))

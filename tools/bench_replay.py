@@ -17,7 +17,7 @@ from stillroom.cache.part import PartMeta
 from stillroom.cache.progress import Progress
 from stillroom.cache.shard_writer import ScoredBy
 from stillroom.cache.store import Cache
-from stillroom.replay import ReplayConfig
+from stillroom.replay import StreamConfig
 from stillroom.tools import bench_s3
 from stillroom.tools.bench_data import made_up
 from stillroom.tools.bench_replay_peers import PeerSpeed, loaders, measure_peer
@@ -139,9 +139,9 @@ def bench_replay(
             )
 
 
-def _config(replayed: Replayed, threads: int = 0) -> ReplayConfig:
+def _config(replayed: Replayed, threads: int = 0) -> StreamConfig:
     """The default settings, with a step of no more rows than there are."""
-    default, rows = ReplayConfig(threads=threads), replayed.source().snapshot.rows
+    default, rows = StreamConfig(threads=threads), replayed.source().snapshot.rows
     return replace(default, batch_rows=min(default.batch_rows, rows))
 
 
@@ -151,7 +151,7 @@ def _streamed(replayed: Replayed, threads: int) -> Streamed:
     return Streamed(threads=config.read_threads(remote=False), first=first, later=later)
 
 
-def _measured_peer(name: str, replayed: Replayed, config: ReplayConfig) -> PeerSpeed:
+def _measured_peer(name: str, replayed: Replayed, config: StreamConfig) -> PeerSpeed:
     """Another loader, in a process of its own that is given so much time."""
     try:
         found: PeerSpeed = alone(measure_peer, name, replayed, config, most_s=PEER_S)

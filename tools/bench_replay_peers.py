@@ -15,7 +15,7 @@ import numpy as np
 
 from stillroom.cache.errors import MismatchError
 from stillroom.cache.schema import Arrays
-from stillroom.replay import ReplayConfig, ReplayStream
+from stillroom.replay import ReplayStream, StreamConfig
 from stillroom.replay.place import Span
 from stillroom.tools.bench_peers import COLUMNS, Peer, peers
 from stillroom.tools.bench_stream import Delivered, Replayed, checksum, measuring
@@ -59,7 +59,7 @@ def loaders() -> list[str]:
     return [loader.name for loader in LOADERS if loader.peer in installed]
 
 
-def measure_peer(name: str, replayed: Replayed, config: ReplayConfig) -> PeerSpeed:
+def measure_peer(name: str, replayed: Replayed, config: StreamConfig) -> PeerSpeed:
     """Write the rows as a peer stores them, and read two epochs of as many as there are.
 
     Args:
@@ -81,7 +81,7 @@ def measure_peer(name: str, replayed: Replayed, config: ReplayConfig) -> PeerSpe
         return _measure(loader, peer, Path(folder), order, config.batch_rows, sums)
 
 
-def replay_order(replayed: Replayed, config: ReplayConfig, rows: int) -> list[int]:
+def replay_order(replayed: Replayed, config: StreamConfig, rows: int) -> list[int]:
     """The first so many rows of the stream's first epoch, by their numbers in one copy of the
     parts."""
     with ReplayStream(replayed.source(), config) as stream:

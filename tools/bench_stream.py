@@ -16,7 +16,7 @@ import numpy as np
 from stillroom.cache.commits import commit_path, read_commit
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
-from stillroom.replay import Batch, ReplayConfig, ReplayStream, Source
+from stillroom.replay import Batch, ReplayStream, Source, StreamConfig
 from stillroom.tools.bench_peers import Rows, rows_of
 
 FAR = 1_000_000
@@ -122,12 +122,12 @@ def alone(measure: Callable[..., Result], *args: Any, most_s: float | None = Non
     return cast("Result", answer)
 
 
-def deliver(replayed: Replayed, config: ReplayConfig) -> Delivered:
+def deliver(replayed: Replayed, config: StreamConfig) -> Delivered:
     """Take one epoch of a stream that has decoded nothing yet."""
     return deliver_epochs(replayed, config, 1)[0]
 
 
-def deliver_epochs(replayed: Replayed, config: ReplayConfig, epochs: int) -> list[Delivered]:
+def deliver_epochs(replayed: Replayed, config: StreamConfig, epochs: int) -> list[Delivered]:
     """Take epochs one after another, each measured by itself."""
     found = []
     with ReplayStream(replayed.source(), config) as stream:
@@ -139,7 +139,7 @@ def deliver_epochs(replayed: Replayed, config: ReplayConfig, epochs: int) -> lis
     return found
 
 
-def wait(replayed: Replayed, config: ReplayConfig, tokens_s: float, most_s: float) -> Waited:
+def wait(replayed: Replayed, config: StreamConfig, tokens_s: float, most_s: float) -> Waited:
     """Take batches as a trainer would, for an epoch or so many seconds.
 
     Args:
@@ -175,7 +175,7 @@ def _share(taken: list[tuple[float, float]]) -> float:
     return waited / seconds
 
 
-def resume(replayed: Replayed, config: ReplayConfig) -> list[Resumed]:
+def resume(replayed: Replayed, config: StreamConfig) -> list[Resumed]:
     """Restore states at steps 1 and FAR, and take a batch."""
     source = replayed.source()
     return [_resumed(source, config, step) for step in (1, FAR)]
@@ -186,7 +186,7 @@ def checksum(ids: np.ndarray) -> int:
     return int(ids.sum(dtype=np.int64))
 
 
-def delivered_ids(replayed: Replayed, config: ReplayConfig) -> int:
+def delivered_ids(replayed: Replayed, config: StreamConfig) -> int:
     """Checksum of an epoch's teacher ids."""
     with ReplayStream(replayed.source(), config) as stream:
         batches = (stream.next_batch() for _ in range(stream.steps_per_epoch))
@@ -239,7 +239,7 @@ def _answer(pipe: Any, measure: Callable[..., Any], args: tuple[Any, ...]) -> No
         pipe.send(error)
 
 
-def _resumed(source: Source, config: ReplayConfig, step: int) -> Resumed:
+def _resumed(source: Source, config: StreamConfig, step: int) -> Resumed:
     loads, firsts = [], []
     for seed in range(RESUMES):
         with ReplayStream(source, replace(config, seed=seed)) as stream:
@@ -255,7 +255,7 @@ def _resumed(source: Source, config: ReplayConfig, step: int) -> Resumed:
     )
 
 
-def _state_at(stream: ReplayStream, config: ReplayConfig, step: int) -> dict[str, Any]:
+def _state_at(stream: ReplayStream, config: StreamConfig, step: int) -> dict[str, Any]:
     """The state after so many steps of whole epochs, without taking them."""
     state = stream.state_dict()
     epoch, within = divmod(step, stream.steps_per_epoch)

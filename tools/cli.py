@@ -17,7 +17,7 @@ from stillroom.cache.errors import ConfigError, StillroomError
 from stillroom.tools import bench, collect, import_rollouts, jobs, looks, work
 from stillroom.tools.flags import parse_flags, parse_with_file
 from stillroom.tools.render import plain
-from stillroom.train.config import RunConfig
+from stillroom.train.run_config import RunConfig
 
 PROG = "stillroom"
 ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141

@@ -9,7 +9,7 @@ from typing import Any
 import tyro
 
 from stillroom.cache.errors import StillroomError
-from stillroom.train.config import load_yaml
+from stillroom.train.settings import load_yaml
 
 STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName)
 FILE_HELP = "FILE.yaml, if given, holds the same settings as key: value. Flags win over it."

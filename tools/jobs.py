@@ -1,4 +1,4 @@
-"""The settings of each job, filled by a YAML file and flags. `run` has `train.config.RunConfig`."""
+"""The settings of each job, filled by a YAML file and flags. `run` has `train.run_config.RunConfig`."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from stillroom.cache.teacher import TeacherConfig
 from stillroom.replay.prompts import PromptsConfig
 from stillroom.replay.refresh import RefreshConfig
 from stillroom.replay.sampler import SamplerConfig
-from stillroom.train.config import RUN_NAME, TrainConfig
+from stillroom.train.config import RUN_NAME, ReplayConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +96,7 @@ class TrainJob:
     """Name of the run, for records in the cache: letters, digits, dots, dashes and underscores."""
     student: str | None = None
     """Folder of the initial student here, if it lies elsewhere than when it was named."""
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: ReplayConfig = field(default_factory=ReplayConfig)
     """How the student is trained."""
 
     def __post_init__(self) -> None:

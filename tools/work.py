@@ -23,8 +23,8 @@ from stillroom.tools.convert import convert
 from stillroom.tools.jobs import ConvertJob, InitJob, RefreshJob, RolloutJob, ScoreJob, TrainJob
 from stillroom.tools.listing import describe_kept
 from stillroom.tools.render import print_json, say
-from stillroom.train.config import RunConfig
 from stillroom.train.durable import write_file
+from stillroom.train.run_config import RunConfig
 
 
 def init(job: InitJob) -> int:

@@ -12,7 +12,7 @@ from stillroom.cache.schema import SOURCES
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
 from stillroom.replay.batch import Batch
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.row_filter import RowFilter
 from stillroom.replay.selection import select
@@ -56,7 +56,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    student: Student, cache: Cache, snapshot: Snapshot, replay: ReplayConfig
+    student: Student, cache: Cache, snapshot: Snapshot, replay: StreamConfig
 ) -> Evaluation:
     """Measure a student on a snapshot, by the source of its text.
 
@@ -101,9 +101,9 @@ def evaluate(
 
 
 def _all_steps(
-    student: Student, cache: Cache, snapshot: Snapshot, replay: ReplayConfig, rows: int
+    student: Student, cache: Cache, snapshot: Snapshot, replay: StreamConfig, rows: int
 ) -> Iterator[Batch]:
-    config = ReplayConfig(
+    config = StreamConfig(
         batch_rows=min(replay.batch_rows, rows),
         max_tokens=replay.max_tokens,
         over_long=replay.over_long,

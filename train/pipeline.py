@@ -24,7 +24,6 @@ from stillroom.replay.prompts import Prompt, Prompts
 from stillroom.replay.refresh import cycle_name, refresh, retire_stale
 from stillroom.replay.rollout import rollout
 from stillroom.replay.sampler import SamplerConfig
-from stillroom.train.config import RunConfig
 from stillroom.train.durable import write_file
 from stillroom.train.preflight import (
     check_machine,
@@ -36,6 +35,7 @@ from stillroom.train.preflight import (
     read_prompts,
     settings_of,
 )
+from stillroom.train.run_config import RunConfig
 from stillroom.train.stages import StageLog
 from stillroom.train.summary import Summary, round_of
 

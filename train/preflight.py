@@ -14,7 +14,7 @@ from stillroom.cache.store import IDENTITY_PATH, Cache
 from stillroom.cache.teacher import ScoreSpec, Teacher, identity_of
 from stillroom.replay.policies import check_student
 from stillroom.replay.prompts import Prompts, load_prompts
-from stillroom.train.config import RunConfig
+from stillroom.train.run_config import RunConfig
 
 FREE = frozenset(
     {
@@ -25,8 +25,8 @@ FREE = frozenset(
         "teacher.device",
         "sampler.device",
         "train.device",
-        "train.checkpoint_every_steps",
-        "train.keep_checkpoints",
+        "train.save_steps",
+        "train.save_total_limit",
         "train.drift_every_steps",
         "train.replay.max_tokens",
         "train.replay.cached_bytes",

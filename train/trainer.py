@@ -25,7 +25,7 @@ from stillroom.cache.progress import Progress
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
 from stillroom.replay.batch import Batch, MicroBatch, idle_micro_batch
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.follow import Agree, agree_among
 from stillroom.replay.pinned import empty_for
@@ -38,7 +38,7 @@ from stillroom.train.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from stillroom.train.config import RUN_NAME, TrainConfig
+from stillroom.train.config import RUN_NAME, ReplayConfig
 from stillroom.train.drift import DriftMeter, put_drift
 from stillroom.train.objectives import divergence, sampled_logprob, token_mean
 from stillroom.train.parallel import on_cpu
@@ -86,7 +86,7 @@ class ReplayTrainer:
         policy_version: int,
         cache: Cache,
         snapshot: Snapshot,
-        config: TrainConfig,
+        config: ReplayConfig,
         output: Path,
         run: str,
     ) -> None:
@@ -98,7 +98,7 @@ class ReplayTrainer:
         set_seed(config.seed)
         self._accelerator = Accelerator(
             cpu=on_cpu(config.device),
-            mixed_precision=config.mixed_precision,
+            mixed_precision="bf16" if config.bf16 else "no",
             log_with="tensorboard",
             project_dir=str(output / "tensorboard"),
         )
@@ -128,7 +128,7 @@ class ReplayTrainer:
                 f"replay.cached_bytes is {config.replay.cached_bytes >> 20} MiB; raise it, or "
                 "lower replay.window_rows and replay.block_rows"
             )
-        self.total_steps = max(1, math.ceil(config.epochs * self.stream.steps_per_epoch))
+        self.total_steps = max(1, math.ceil(config.num_train_epochs * self.stream.steps_per_epoch))
         self._optimizer = _optimizer(self.student, config)
         self._schedule = _schedule(self._optimizer, config, self.total_steps)
         self._wrapped = self._accelerator.prepare_model(self.student)
@@ -175,7 +175,7 @@ class ReplayTrainer:
                 where = f"{self._run}, rank {rank}"
                 raise MismatchError(where, f"student and snapshot {mine}", f"{theirs}", do)
 
-    def _replay_config(self) -> ReplayConfig:
+    def _replay_config(self) -> StreamConfig:
         """The settings of replay, with prompts shared where that is wanted and possible."""
         student, config = self.student, self._config.replay
         if not student.packs:
@@ -259,7 +259,7 @@ class ReplayTrainer:
         self._accelerator.log(
             {**values, "learning_rate": self._schedule.get_last_lr()[0]}, step=self.step
         )
-        every = self._config.checkpoint_every_steps
+        every = self._config.save_steps
         if every and self.step % every == 0 and self.step < self.total_steps:
             self._save(report)
 
@@ -274,7 +274,7 @@ class ReplayTrainer:
                 stream=self.stream.state_dict(),
                 drift=self._drift.state(),
             )
-            keep = self._config.keep_checkpoints
+            keep = self._config.save_total_limit
             save_checkpoint(
                 self._checkpoints, progressed, self.student, self._optimizer, self._schedule, keep
             )
@@ -320,7 +320,7 @@ def _behaviour(
     return student.cpu().numpy(), behaviour, micro.policy_version
 
 
-def check_trainable(config: TrainConfig) -> None:
+def check_trainable(config: ReplayConfig) -> None:
     """Refuse settings that no optimiser or schedule can be made of.
 
     Raises:
@@ -330,7 +330,7 @@ def check_trainable(config: TrainConfig) -> None:
     _schedule(_optimizer(parameter, config), config, total_steps=1)
 
 
-def _optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def _optimizer(model: torch.nn.Module, config: ReplayConfig) -> torch.optim.Optimizer:
     cls: Any = getattr(torch.optim, config.optimizer, None)
     settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     do = "Name one such as AdamW, Adam or SGD."
@@ -345,14 +345,14 @@ def _optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optim
 
 
 def _schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int
+    optimizer: torch.optim.Optimizer, config: ReplayConfig, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     try:
         made: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
-            config.schedule, optimizer, config.warmup_steps, total_steps
+            config.lr_scheduler_type, optimizer, config.warmup_steps, total_steps
         )
     except (TypeError, ValueError) as error:
         do = "Name one such as constant_with_warmup, linear or cosine."
-        expected, got = "a schedule of transformers", f"{config.schedule!r}: {error}"
-        raise ConfigError("train.schedule", expected, got, do) from error
+        expected, got = "a schedule of transformers", f"{config.lr_scheduler_type!r}: {error}"
+        raise ConfigError("train.lr_scheduler_type", expected, got, do) from error
     return made

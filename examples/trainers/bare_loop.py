@@ -18,7 +18,7 @@ from stillroom.cache.causal_lm import pick_device
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.identity import Identity
 from stillroom.cache.store import Cache
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.dataset import ReplayDataset, StoredSource
 from stillroom.replay.policies import check_student
 from stillroom.replay.tensors import Step, from_tensors
@@ -27,7 +27,7 @@ from stillroom.train.run_snapshot import keep_snapshot, release_snapshot, snapsh
 from stillroom.train.student import Student, load_student, to_target
 
 RUN = "bare-loop"
-REPLAY = ReplayConfig(batch_rows=8, max_tokens=4096)
+REPLAY = StreamConfig(batch_rows=8, max_tokens=4096)
 
 
 def train(

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from stillroom.cache import jsonfile
 from stillroom.cache.add_rollouts import plan_parts
 from stillroom.cache.checked_rollouts import check_rollouts
-from stillroom.replay import ReplayConfig, ReplayStream, Source
+from stillroom.replay import ReplayStream, Source, StreamConfig
 from stillroom.tools.layouts import LAYOUTS, Layout
 from stillroom.tools.rollout_files import read_batches
 from stillroom.train.stages import StageLog, StageRecord
@@ -105,7 +105,7 @@ def _parquet(table: pa.Table) -> bytes:
 @cache
 def _stream() -> ReplayStream:
     own = small_cache("zarr")
-    config = ReplayConfig(batch_rows=4, max_tokens=64, block_rows=2, window_rows=2)
+    config = StreamConfig(batch_rows=4, max_tokens=64, block_rows=2, window_rows=2)
     return ReplayStream(Source(own, own.snapshot([LIVE])), config)
 
 

@@ -21,10 +21,10 @@ from stillroom.cache.summarise import summarise
 from stillroom.cache.tail_draws import uniforms
 from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec, TeacherConfig
 from stillroom.cache.transformers_teacher import TransformersTeacher
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.sampler import SamplerConfig
 from stillroom.replay.transformers_sampler import TransformersSampler
-from stillroom.train.config import TrainConfig
+from stillroom.train.config import ReplayConfig
 from stillroom.train.trainer import ReplayTrainer
 from tests.conftest import VOCAB
 
@@ -33,12 +33,12 @@ TOPK = 8
 # Largest and mean difference from float32 on the CPU, nats. Storage in float16 makes up to 0.008.
 TOLERANCE_NATS = {"float32": (0.01, 0.002), "bfloat16": (0.4, 0.1)}
 SAMPLED_TOLERANCE_NATS = {"float32": (1e-4, 2e-5), "bfloat16": (0.4, 0.1)}
-CONFIG = TrainConfig(
+CONFIG = ReplayConfig(
     learning_rate=1e-2,
-    epochs=4,
+    num_train_epochs=4,
     drift_every_steps=2,
-    schedule="cosine",
-    replay=ReplayConfig(batch_rows=6, max_tokens=64, block_rows=2, window_rows=4),
+    lr_scheduler_type="cosine",
+    replay=StreamConfig(batch_rows=6, max_tokens=64, block_rows=2, window_rows=4),
 )
 
 pytestmark = [
@@ -145,7 +145,7 @@ def test_sampled_logprobs_equal_a_dense_recomputation(student_dir: Path) -> None
         np.testing.assert_allclose(found[i].behaviour_logprob, dense, rtol=0, atol=2e-4)
 
 
-def trainer(cache: Cache, student_dir: Path, output: Path, config: TrainConfig) -> ReplayTrainer:
+def trainer(cache: Cache, student_dir: Path, output: Path, config: ReplayConfig) -> ReplayTrainer:
     """A trainer of the tiny student; its device must be the one that is tested."""
     files = inspect_model(str(student_dir))
     made = ReplayTrainer(files, 0, cache, cache.snapshot(), config, output, "gpu")
@@ -154,7 +154,7 @@ def trainer(cache: Cache, student_dir: Path, output: Path, config: TrainConfig) 
 
 
 def test_bfloat16_training_lowers_the_loss(cache: Cache, student_dir: Path, tmp_path: Path) -> None:
-    config = replace(CONFIG, epochs=8, mixed_precision="bf16")
+    config = replace(CONFIG, num_train_epochs=8, bf16=True)
     made = trainer(cache, student_dir, tmp_path, config)
     report = made.train()
     assert report.steps == 16
@@ -166,7 +166,7 @@ def test_bfloat16_training_lowers_the_loss(cache: Cache, student_dir: Path, tmp_
 @pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
 def test_resume_is_exact(cache: Cache, student_dir: Path, tmp_path: Path) -> None:
     """Continued from the checkpoint of step 6 of 8, losses and weights are those of the run."""
-    config = replace(CONFIG, checkpoint_every_steps=3)
+    config = replace(CONFIG, save_steps=3)
     whole = trainer(cache, student_dir, tmp_path, config)
     report = whole.train()
     resumed = trainer(cache, student_dir, tmp_path, config)

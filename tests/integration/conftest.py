@@ -38,11 +38,11 @@ def run_settings(
             "sampler": {"max_new_tokens": 8, "device": "cpu"},
             "refresh": {"prompts_per_cycle": 6, "unit_rollouts": 3},
             "train": {
-                "epochs": 2,
+                "num_train_epochs": 2,
                 "learning_rate": 1e-2,
                 "device": "cpu",
                 "drift_every_steps": 3,
-                "checkpoint_every_steps": 2,
+                "save_steps": 2,
                 "replay": {"batch_rows": 3, "max_tokens": 256, "block_rows": 2, "window_rows": 4},
             },
         }

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from stillroom.cache.errors import CorruptError, MismatchError
 from stillroom.cache.store import Cache
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.follow import agree_by_torch
 from stillroom.replay.stream import ReplayStream
@@ -40,7 +40,7 @@ def caught(error: Exception) -> str:
     return "nothing"
 
 
-def opened_differently(source: Source, config: ReplayConfig, rank: int, world: int) -> str:
+def opened_differently(source: Source, config: StreamConfig, rank: int, world: int) -> str:
     """What the ranks see that open streams with seeds of their own."""
     try:
         ReplayStream(source, replace(config, seed=rank), rank=rank, world=world)
@@ -58,7 +58,7 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     cache = Cache.open(root)
     source = Source(cache, cache.open_snapshot(snapshot))
-    config = ReplayConfig(**json.loads(settings))
+    config = StreamConfig(**json.loads(settings))
     refused = opened_differently(source, config, rank, world)
     stream = ReplayStream(source, config, rank=rank, world=world)
     log: list[dict[str, Any]] = []

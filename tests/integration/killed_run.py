@@ -21,8 +21,9 @@ import stillroom.replay.transformers_sampler
 import stillroom.train.trainer
 from stillroom.cache.storage import Storage
 from stillroom.train import durable, evaluate, publish, stages
-from stillroom.train.config import RunConfig, build_settings
 from stillroom.train.pipeline import Pipeline
+from stillroom.train.run_config import RunConfig
+from stillroom.train.settings import build_settings
 from stillroom.train.trainer import ReplayTrainer
 
 PRELOADED = (stillroom.replay.transformers_sampler, evaluate)

@@ -18,8 +18,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import stillroom.train.trainer
 from stillroom.replay.batch import MicroBatch
-from stillroom.train.config import RunConfig, build_settings
 from stillroom.train.pipeline import Pipeline
+from stillroom.train.run_config import RunConfig
+from stillroom.train.settings import build_settings
 from stillroom.train.student import to_target
 from stillroom.train.target import TeacherTarget
 
@@ -114,7 +115,7 @@ def held_out_change(models: Path, folder: Path) -> dict[str, tuple[float, float]
         "sampler": {"max_new_tokens": 32, "device": "cpu", "batch_rows": 64},
         "refresh": {"prompts_per_cycle": 64},
         "train": {
-            "epochs": 8,
+            "num_train_epochs": 8,
             "learning_rate": 2e-3,
             "device": "cpu",
             "replay": {"batch_rows": 16, "max_tokens": 1024, "block_rows": 2, "window_rows": 8},

@@ -18,7 +18,7 @@ import pytest
 
 from stillroom.cache.snapshot import read_snapshot
 from stillroom.cache.store import Cache
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.stream import ReplayStream
 from stillroom.replay.testing_record import Record, record
@@ -148,7 +148,7 @@ def test_one_process_gets_the_same_from_every_state(got: Got) -> None:
             continue  # the step took up a newer one
         if snapshot not in streams:
             source = Source(cache, cache.open_snapshot(snapshot))
-            streams[snapshot] = ReplayStream(source, ReplayConfig(**SETTINGS))
+            streams[snapshot] = ReplayStream(source, StreamConfig(**SETTINGS))
         streams[snapshot].load_state_dict(state)
         alone = record(streams[snapshot].next_batch())
         assert alone.rows == entries[0]["batch"].rows, step

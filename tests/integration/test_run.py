@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from stillroom.cache.errors import ConfigError, InputError, MismatchError, NumericsError
 from stillroom.cache.store import Cache
 from stillroom.replay.policies import policy_versions
-from stillroom.train.config import RunConfig, build_settings
 from stillroom.train.pipeline import Pipeline
+from stillroom.train.run_config import RunConfig
+from stillroom.train.settings import build_settings
 from stillroom.train.stages import StageLog
 from stillroom.train.summary import printable
 
@@ -137,7 +138,7 @@ def refused(settings: dict[str, Any], folder: Path, error: type[Exception], matc
 @pytest.mark.parametrize(
     ("place", "value", "match"),
     [
-        (("train", "schedule"), "foo", "train.schedule"),
+        (("train", "lr_scheduler_type"), "foo", "train.lr_scheduler_type"),
         (("train", "optimizer"), "LBFGS", "train.optimizer"),
         (("sampler", "device"), "cuda:99", "device.*cuda:99"),
         (("teacher", "device"), "nonsense", "device.*nonsense"),

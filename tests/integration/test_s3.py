@@ -17,7 +17,7 @@ from stillroom.cache.errors import MismatchError, StillroomError, StorageError
 from stillroom.cache.score import score
 from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
-from stillroom.replay import ReplayConfig, ReplayStream, Source
+from stillroom.replay import ReplayStream, Source, StreamConfig
 from stillroom.tools.cli import main
 from tests.cache.fakes import (
     FakeTeacher,
@@ -78,7 +78,7 @@ def test_a_cache_on_s3_holds_what_one_on_a_disk_holds(s3: S3, tmp_path: Path) ->
         first, second = remote.read(part), local.read(part)
         assert first.keys() == second.keys()
         assert all(same_bits(first[name], second[name]) for name in first)
-    config = ReplayConfig(batch_rows=4, max_tokens=64, seed=3)
+    config = StreamConfig(batch_rows=4, max_tokens=64, seed=3)
     snapshots = [cache.open_snapshot(cache.snapshot().id) for cache in caches]
     streams = [
         ReplayStream(Source(cache, snapshot), config)

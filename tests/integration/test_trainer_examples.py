@@ -16,13 +16,13 @@ from transformers import TrainingArguments
 
 from stillroom.cache.pins import active_pins
 from stillroom.cache.store import Cache
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "trainers"
 STEPS = 9
 SAVE = {"save_every": 4, "learning_rate": 0.01}
 LOG: dict[str, Any] = {"logging_steps": 1, "learning_rate": 0.01, "save_steps": 4}
-SMALL = ReplayConfig(batch_rows=8, max_tokens=64, threads=1)
+SMALL = StreamConfig(batch_rows=8, max_tokens=64, threads=1)
 """Several micro-batches a step."""
 
 
@@ -38,7 +38,7 @@ def bare_loop() -> Callable[..., Any]:
     return load("bare_loop.py", "train", SMALL)
 
 
-def load(script: str, name: str, config: ReplayConfig) -> Callable[..., Any]:
+def load(script: str, name: str, config: StreamConfig) -> Callable[..., Any]:
     """A function of an example, which then replays with these settings."""
     function: Any = runpy.run_path(str(EXAMPLES / script))[name]
     function.__globals__["REPLAY"] = config
@@ -119,7 +119,7 @@ def test_the_trainer_of_transformers_never_cuts_packed_rows_up(
 def test_accumulated_steps_are_as_one_of_all_their_rows(
     student_dir: Path, root: str, tmp_path: Path
 ) -> None:
-    halves = ReplayConfig(batch_rows=4, max_tokens=64, threads=1)
+    halves = StreamConfig(batch_rows=4, max_tokens=64, threads=1)
     for name, config, accumulate in (("whole", SMALL, 1), ("halves", halves, 2)):
         main = load("hf_trainer.py", "main", config)
         settings = LOG | {"gradient_accumulation_steps": accumulate, "max_grad_norm": 0.5}

@@ -15,14 +15,15 @@ import torch
 
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.store import Cache
-from stillroom.train.config import TrainConfig, build_settings
+from stillroom.train.config import ReplayConfig
+from stillroom.train.settings import build_settings
 from stillroom.train.trainer import ReplayTrainer
 
 pytestmark = pytest.mark.dist
 
 # 11 rows in batches of 5: the last step of an epoch has one row, so one of two ranks is idle.
 SETTINGS: dict[str, Any] = {
-    "epochs": 2,
+    "num_train_epochs": 2,
     "learning_rate": 1e-2,
     "optimizer": "SGD",
     "drift_every_steps": 3,
@@ -35,7 +36,7 @@ def test_two_ranks_equal_one(
 ) -> None:
     """The same losses, weights and drift, up to the order of float32 sums."""
     cache = make_cache(tmp_path / "root", rows=11)
-    config = build_settings(TrainConfig, SETTINGS, "settings")
+    config = build_settings(ReplayConfig, SETTINGS, "settings")
     one = ReplayTrainer(
         inspect_model(str(student_dir)), 0, cache, cache.snapshot(), config, tmp_path / "one", "one"
     )

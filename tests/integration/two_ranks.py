@@ -11,7 +11,8 @@ import torch
 
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.store import Cache
-from stillroom.train.config import TrainConfig, build_settings
+from stillroom.train.config import ReplayConfig
+from stillroom.train.settings import build_settings
 from stillroom.train.trainer import ReplayTrainer
 
 
@@ -20,7 +21,7 @@ def main() -> None:
     root, student, output, settings = sys.argv[1:]
     torch.set_num_threads(1)
     cache = Cache.open(root)
-    config = build_settings(TrainConfig, json.loads(settings), "settings")
+    config = build_settings(ReplayConfig, json.loads(settings), "settings")
     trainer = ReplayTrainer(
         inspect_model(student), 0, cache, cache.snapshot(), config, Path(output), "ranks"
     )

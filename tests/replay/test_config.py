@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 
 from stillroom.cache.errors import ConfigError
-from stillroom.replay.config import LEAST, MAX_THREADS, ReplayConfig
+from stillroom.replay.config import LEAST, MAX_THREADS, StreamConfig
 
 
 @pytest.mark.parametrize("name", LEAST)
 def test_the_least_is_taken_and_less_is_refused(name: str) -> None:
     least = LEAST[name]
-    assert getattr(ReplayConfig(**{name: least}), name) == least  # type: ignore[arg-type]
+    assert getattr(StreamConfig(**{name: least}), name) == least  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"replay.{name}: expected at least {least}; got"):
-        ReplayConfig(**{name: least - 1})  # type: ignore[arg-type]
+        StreamConfig(**{name: least - 1})  # type: ignore[arg-type]
 
 
 def test_every_number_has_its_least() -> None:
-    numbers = {field.name for field in fields(ReplayConfig) if type(field.default) is int}
+    numbers = {field.name for field in fields(StreamConfig) if type(field.default) is int}
     assert numbers == {*LEAST, "seed"}, "any whole number is a seed"
-    assert ReplayConfig(seed=-(2**70)).seed == -(2**70)
+    assert StreamConfig(seed=-(2**70)).seed == -(2**70)
 
 
 @pytest.mark.parametrize(
@@ -41,11 +41,11 @@ def test_every_number_has_its_least() -> None:
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        ReplayConfig(**changes)
+        StreamConfig(**changes)
 
 
 def test_what_fits_is_taken() -> None:
-    config = ReplayConfig(batch_rows=12, group_rows=4, share_prompts=True, lag_half_life=0.5)
+    config = StreamConfig(batch_rows=12, group_rows=4, share_prompts=True, lag_half_life=0.5)
     with pytest.raises(FrozenInstanceError):
         config.seed = 1  # type: ignore[misc]
 
@@ -53,12 +53,12 @@ def test_what_fits_is_taken() -> None:
 def test_threads_are_those_asked_for_or_one_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = set(range(3))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores, raising=False)
-    assert ReplayConfig(threads=5).read_threads(remote=False) == 5
-    assert ReplayConfig(threads=5).read_threads(remote=True) == 5
-    assert ReplayConfig().read_threads(remote=False) == 3
-    assert ReplayConfig().read_threads(remote=True) == 2 * MAX_THREADS
+    assert StreamConfig(threads=5).read_threads(remote=False) == 5
+    assert StreamConfig(threads=5).read_threads(remote=True) == 5
+    assert StreamConfig().read_threads(remote=False) == 3
+    assert StreamConfig().read_threads(remote=True) == 2 * MAX_THREADS
     cores |= set(range(64))
-    assert ReplayConfig().read_threads(remote=False) == MAX_THREADS
+    assert StreamConfig().read_threads(remote=False) == MAX_THREADS
 
 
 def test_cores_are_counted_where_a_process_cannot_be_bound(
@@ -67,4 +67,4 @@ def test_cores_are_counted_where_a_process_cannot_be_bound(
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     for count, threads in ((2, 2), (None, 1), (99, MAX_THREADS)):
         monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
-        assert ReplayConfig().read_threads(remote=False) == threads
+        assert StreamConfig().read_threads(remote=False) == threads

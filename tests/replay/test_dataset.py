@@ -27,7 +27,7 @@ from stillroom.cache.errors import (
 from stillroom.cache.shard import Shard
 from stillroom.cache.store import Cache
 from stillroom.replay import dataset as dataset_module
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.dataset import ReplayDataset, StoredSource
 from stillroom.replay.feed import Source
 from stillroom.replay.row_filter import RowFilter
@@ -36,7 +36,7 @@ from stillroom.replay.tensors import Step, step_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata
 
-CONFIG = ReplayConfig(batch_rows=6, max_tokens=40, block_rows=4, window_rows=5, seed=3, threads=2)
+CONFIG = StreamConfig(batch_rows=6, max_tokens=40, block_rows=4, window_rows=5, seed=3, threads=2)
 STEPS = 9
 """Beyond an epoch of the fixture's 37 rows."""
 

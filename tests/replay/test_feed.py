@@ -12,7 +12,7 @@ from stillroom.cache.errors import InputError
 from stillroom.cache.schema import Arrays
 from stillroom.cache.store import Cache
 from stillroom.replay.batch import Batch, MicroBatch
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.row_filter import RowFilter
 from stillroom.replay.staleness import kept_rows
@@ -20,7 +20,7 @@ from stillroom.replay.stream import ReplayStream
 from stillroom.replay.testing_record import record
 from tests.replay.conftest import add_grouped_part, add_scored_part
 
-CONFIG = ReplayConfig(batch_rows=6, max_tokens=40, block_rows=4, window_rows=5, seed=3)
+CONFIG = StreamConfig(batch_rows=6, max_tokens=40, block_rows=4, window_rows=5, seed=3)
 ROWS = 37
 
 
@@ -230,7 +230,7 @@ def test_shared_prompts_change_no_row(grouped: Cache, max_tokens: int, one_row: 
 
 
 def test_rows_in_use_at_once_are_shared_out_where_ranks_divide_lanes(scored_cache: Cache) -> None:
-    config = ReplayConfig(batch_rows=6, max_tokens=40, block_rows=1, window_rows=5)
+    config = StreamConfig(batch_rows=6, max_tokens=40, block_rows=1, window_rows=5)
     source = Source(scored_cache, scored_cache.snapshot())
     sizes = []
     for world in (1, 7, 2):

@@ -21,14 +21,14 @@ from stillroom.cache.errors import (
 )
 from stillroom.cache.store import Cache
 from stillroom.cache.zarr_layout import OBJECT_NAME
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.follow import agree_alone, agree_among, newest_snapshots
 from stillroom.replay.stream import ReplayStream
 from stillroom.replay.testing_record import Record, record
 from tests.replay.conftest import add_scored_part
 
-CONFIG = ReplayConfig(batch_rows=4, max_tokens=40, block_rows=4, window_rows=5, seed=3)
+CONFIG = StreamConfig(batch_rows=4, max_tokens=40, block_rows=4, window_rows=5, seed=3)
 EVERY = 3
 
 

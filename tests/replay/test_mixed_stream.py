@@ -12,14 +12,14 @@ import pytest
 from stillroom.cache.errors import ConfigError, MismatchError
 from stillroom.cache.store import Cache
 from stillroom.replay.batch import Batch, MicroBatch
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.row_filter import RowFilter
 from stillroom.replay.stream import ReplayStream
 from stillroom.replay.testing_record import record
 from tests.replay.conftest import IDENTITY, add_scored_part
 
-CONFIG = ReplayConfig(
+CONFIG = StreamConfig(
     batch_rows=6, max_tokens=60, block_rows=4, window_rows=5, seed=3, last_batch="carry"
 )
 COLUMNS = (

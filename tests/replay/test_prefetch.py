@@ -22,14 +22,14 @@ from stillroom.cache.errors import ConfigError, CorruptError
 from stillroom.cache.store import Cache
 from stillroom.cache.zarr_layout import OBJECT_NAME
 from stillroom.replay.batch import Batch, MicroBatch
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.prefetch import MOST_STEPS, Prefetch
 from stillroom.replay.reader import Block, RowReader
 from stillroom.replay.step import Position, Step
 from stillroom.replay.stream import ReplayStream
 
-CONFIG = ReplayConfig(batch_rows=5, max_tokens=40, block_rows=4, window_rows=5, threads=2)
+CONFIG = StreamConfig(batch_rows=5, max_tokens=40, block_rows=4, window_rows=5, threads=2)
 WAIT_S = 60
 """For what comes at once unless something is broken."""
 
@@ -300,13 +300,13 @@ FORK = """
 import gc, os, sys
 from stillroom.cache.errors import ForkedError
 from stillroom.cache.store import Cache
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.step import Position, Step
 from stillroom.replay.stream import ReplayStream
 
 cache = Cache.open(sys.argv[1])
-config = ReplayConfig(batch_rows=5, max_tokens=40, block_rows=4, window_rows=5, threads=2)
+config = StreamConfig(batch_rows=5, max_tokens=40, block_rows=4, window_rows=5, threads=2)
 stream = ReplayStream(Source(cache, cache.snapshot()), config)
 rows = [stream.next_batch().rows for _ in range(3)]
 child = os.fork()

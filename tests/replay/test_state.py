@@ -8,13 +8,13 @@ import pytest
 
 from stillroom.cache.errors import CorruptError, MismatchError, MissingError
 from stillroom.cache.store import Cache
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.row_filter import RowFilter
 from stillroom.replay.state import HISTORY, snapshots_in
 from stillroom.replay.stream import ReplayStream
 
-CONFIG = ReplayConfig(
+CONFIG = StreamConfig(
     batch_rows=6, max_tokens=40, block_rows=4, window_rows=5, seed=3, last_batch="carry"
 )
 ORDER: dict[str, Any] = {

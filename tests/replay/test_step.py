@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom.cache.store import Cache
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Feed, Source
 from stillroom.replay.place import Place
 from stillroom.replay.step import Item, Planner, Position, Step
@@ -52,13 +52,13 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> list[Cache]:
     return made
 
 
-def open_feeds(caches: list[Cache], config: ReplayConfig) -> list[Feed]:
+def open_feeds(caches: list[Cache], config: StreamConfig) -> list[Feed]:
     """Feeds of whole caches."""
     return [Feed(Source(cache, cache.snapshot()), i, config) for i, cache in enumerate(caches)]
 
 
 def plan_steps(
-    feeds: list[Feed], config: ReplayConfig, world: int, *, one_row: bool = False, steps: int
+    feeds: list[Feed], config: StreamConfig, world: int, *, one_row: bool = False, steps: int
 ) -> list[list[Step]]:
     """The first steps, of every rank."""
     share = [3, 2][: len(feeds)]
@@ -91,7 +91,7 @@ def tokens_of(item: Item, shared: bool) -> int:
 class Case:
     """Settings of a plan."""
 
-    config: ReplayConfig
+    config: StreamConfig
     world: int
     one_row: bool
     num_caches: int
@@ -102,7 +102,7 @@ def cases(draw: st.DrawFn) -> Case:
     """Any settings that fit the caches."""
     group = draw(st.integers(1, 5))
     num_caches = draw(st.integers(1, 2))
-    config = ReplayConfig(
+    config = StreamConfig(
         batch_rows=group * draw(st.integers(1, 7)),
         group_rows=group,
         share_prompts=group > 1 and draw(st.booleans()),
@@ -179,7 +179,7 @@ def test_a_group_stays_on_a_rank(caches: list[Cache], case: Case) -> None:
 def test_a_group_larger_than_a_micro_batch_is_split_where_it_must(
     caches: list[Cache], max_tokens: int
 ) -> None:
-    config = ReplayConfig(batch_rows=6, group_rows=6, share_prompts=True, max_tokens=max_tokens)
+    config = StreamConfig(batch_rows=6, group_rows=6, share_prompts=True, max_tokens=max_tokens)
     (feed,) = open_feeds(caches[:1], config)
     split = 0
     for (step,) in plan_steps([feed], config, 1, steps=feed.units):
@@ -193,7 +193,7 @@ def test_a_group_larger_than_a_micro_batch_is_split_where_it_must(
 
 
 def test_a_shared_prompt_counts_once(caches: list[Cache]) -> None:
-    config = ReplayConfig(batch_rows=12, group_rows=6, share_prompts=True, max_tokens=500)
+    config = StreamConfig(batch_rows=12, group_rows=6, share_prompts=True, max_tokens=500)
     feeds = open_feeds(caches[:1], config)
     ((step,), *_) = plan_steps(feeds, config, 1, steps=1)
     lengths = feeds[0].selection.lengths.astype(int)
@@ -218,7 +218,7 @@ def long_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 def test_a_rank_reads_its_own_lanes_where_the_world_divides_them(
     long_cache: Cache, block: int, window: int, batch: int
 ) -> None:
-    config = ReplayConfig(batch_rows=batch, block_rows=block, window_rows=window, seed=1)
+    config = StreamConfig(batch_rows=batch, block_rows=block, window_rows=window, seed=1)
     (feed,) = open_feeds([long_cache], config)
     rows, blocks = feed.units, -(-feed.units // block)
     lanes = max(1, min(64, rows // window))
@@ -233,7 +233,7 @@ def test_a_rank_reads_its_own_lanes_where_the_world_divides_them(
     assert sum(map(len, _blocks_read(feed, config, 3, steps))) > 1.5 * blocks
 
 
-def _blocks_read(feed: Feed, config: ReplayConfig, world: int, steps: int) -> list[set[int]]:
+def _blocks_read(feed: Feed, config: StreamConfig, world: int, steps: int) -> list[set[int]]:
     """The blocks that each rank needs in an epoch."""
     read: list[set[int]] = [set() for _ in range(world)]
     for ranks in plan_steps([feed], config, world, steps=steps):
@@ -243,7 +243,7 @@ def _blocks_read(feed: Feed, config: ReplayConfig, world: int, steps: int) -> li
 
 
 def test_a_step_needs_the_blocks_of_its_own_rows_only(caches: list[Cache]) -> None:
-    config = ReplayConfig(batch_rows=10, block_rows=4, window_rows=5, last_batch="carry")
+    config = StreamConfig(batch_rows=10, block_rows=4, window_rows=5, last_batch="carry")
     feeds = open_feeds(caches, config)
     for ranks in plan_steps(feeds, config, 3, steps=STEPS):
         for step in ranks:
@@ -254,7 +254,7 @@ def test_a_step_needs_the_blocks_of_its_own_rows_only(caches: list[Cache]) -> No
 def test_planning_far_on_costs_no_more(
     caches: list[Cache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = ReplayConfig(batch_rows=10, block_rows=4, window_rows=5, last_batch="carry")
+    config = StreamConfig(batch_rows=10, block_rows=4, window_rows=5, last_batch="carry")
     feeds = open_feeds(caches, config)
     planner = Planner(feeds, [3, 2], config, 0, 1, False)
     asked: list[int] = []
@@ -276,7 +276,7 @@ def test_planning_far_on_costs_no_more(
 def test_no_release_changes_a_stream_of_groups_lags_and_several_caches(
     caches: list[Cache],
 ) -> None:
-    config = ReplayConfig(
+    config = StreamConfig(
         batch_rows=9,
         group_rows=3,
         max_tokens=60,

@@ -29,14 +29,14 @@ from stillroom.cache.store import Cache
 from stillroom.cache.zarr_layout import OBJECT_NAME
 from stillroom.replay import reader as reader_module
 from stillroom.replay.batch import Batch, MicroBatch
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.plan import Plan
 from stillroom.replay.row_filter import RowFilter
 from stillroom.replay.stream import ReplayStream
 from tests.replay.conftest import VOCAB_SIZE, add_scored_part
 
-CONFIG = ReplayConfig(batch_rows=6, max_tokens=40, block_rows=4, window_rows=5, seed=3)
+CONFIG = StreamConfig(batch_rows=6, max_tokens=40, block_rows=4, window_rows=5, seed=3)
 ROWS = 37
 STEPS = 7
 PER_POSITION = (

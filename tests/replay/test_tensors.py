@@ -10,7 +10,7 @@ from torch.utils.data import default_collate
 from stillroom.cache.errors import ShapeError
 from stillroom.cache.store import Cache
 from stillroom.replay.batch import Batch, MicroBatch
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.stream import ReplayStream
 from stillroom.replay.tensors import from_tensors, in_one_block, step_tensors
@@ -19,7 +19,7 @@ from stillroom.replay.tensors import from_tensors, in_one_block, step_tensors
 @pytest.fixture
 def batch(scored_cache: Cache) -> Batch:
     """A step of several micro-batches, the last of which only keeps step."""
-    config = ReplayConfig(batch_rows=5, max_tokens=20)
+    config = StreamConfig(batch_rows=5, max_tokens=20)
     with ReplayStream(Source(scored_cache, scored_cache.snapshot()), config) as stream:
         made = stream.next_batch()
     micro = (*made.micro_batches, None)

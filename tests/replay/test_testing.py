@@ -6,7 +6,7 @@ import pytest
 
 from stillroom.cache.store import Cache
 from stillroom.replay import testing
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import StoredSource
 from stillroom.replay.row_filter import RowFilter
 from stillroom.replay.testing import (
@@ -20,7 +20,7 @@ from stillroom.replay.testing import (
 from tests.replay.broken_streams import Broken
 from tests.replay.conftest import add_grouped_part
 
-CONFIG = ReplayConfig(
+CONFIG = StreamConfig(
     batch_rows=9, max_tokens=40, block_rows=4, window_rows=5, ahead_bytes=2000, seed=3
 )
 FEW = [Variant(), Variant(2), Variant(3, {"batch_rows": 3})]
@@ -38,7 +38,7 @@ def stored(*caches: Cache, **changes: Any) -> StoredStream:
     """A stream over all of some caches."""
     sources = tuple(map(source, caches))
     config = {field: getattr(CONFIG, field) for field in CONFIG.__slots__} | changes
-    return StoredStream(sources=sources, config=ReplayConfig(**config))
+    return StoredStream(sources=sources, config=StreamConfig(**config))
 
 
 def test_a_stream_resumes_anywhere(scored_cache: Cache) -> None:
@@ -137,7 +137,7 @@ def test_states_are_restored_elsewhere() -> None:
 
 
 def test_variants_change_what_a_state_may_change() -> None:
-    config = ReplayConfig(batch_rows=12, group_rows=4)
+    config = StreamConfig(batch_rows=12, group_rows=4)
     variants = variants_of(config)
     assert {variant.world for variant in variants} == {1, 2, 3, 4}
     batches = [v.changes["batch_rows"] for v in variants if "batch_rows" in v.changes]

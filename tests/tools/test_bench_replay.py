@@ -15,7 +15,7 @@ from stillroom.cache.errors import InputError, MismatchError
 from stillroom.cache.part import PartMeta
 from stillroom.cache.shard_writer import ScoredBy
 from stillroom.cache.store import Cache
-from stillroom.replay import ReplayConfig, ReplayStream
+from stillroom.replay import ReplayStream, StreamConfig
 from stillroom.tools import bench_replay
 from stillroom.tools.bench_data import made_up
 from stillroom.tools.bench_peers import COLUMNS
@@ -36,7 +36,7 @@ from stillroom.tools.bench_stream import (
     wait,
 )
 
-CONFIG = ReplayConfig(batch_rows=4, block_rows=2, window_rows=2, threads=1)
+CONFIG = StreamConfig(batch_rows=4, block_rows=2, window_rows=2, threads=1)
 
 
 @pytest.fixture(scope="module")

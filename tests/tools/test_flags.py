@@ -9,7 +9,7 @@ from stillroom.cache.errors import ConfigError, MissingError
 from stillroom.tools.flags import parse_flags, parse_with_file
 from stillroom.tools.jobs import RolloutJob, ScoreJob, TrainJob
 from stillroom.tools.looks import Show
-from stillroom.train.config import TrainConfig
+from stillroom.train.config import ReplayConfig
 
 
 @pytest.fixture
@@ -25,9 +25,13 @@ def write(tmp_path: Path) -> Any:
 
 
 def test_flags_win_over_the_file(write: Any) -> None:
-    path = write("root: r\noutput: o\nrun_name: a\ntrain:\n  epochs: 3\n  learning_rate: 2e-4\n")
-    job = parse_with_file(TrainJob, [path, "--run-name", "b", "--train.epochs", "0.5"], "p")
-    train = TrainConfig(epochs=0.5, learning_rate=2e-4)
+    path = write(
+        "root: r\noutput: o\nrun_name: a\ntrain:\n  num_train_epochs: 3\n  learning_rate: 2e-4\n"
+    )
+    job = parse_with_file(
+        TrainJob, [path, "--run-name", "b", "--train.num-train-epochs", "0.5"], "p"
+    )
+    train = ReplayConfig(num_train_epochs=0.5, learning_rate=2e-4)
     assert job == TrainJob(root="r", output="o", run_name="b", train=train)
 
 
@@ -42,8 +46,8 @@ def test_either_may_hold_what_is_required(write: Any) -> None:
 
 def test_ranges_are_checked_once_file_and_flags_are_together(write: Any) -> None:
     path = write("root: r\noutput: o\nrun_name: a\ntrain: {kind: jsd}\n")
-    assert parse_with_file(TrainJob, [path, "--train.param", "0.5"], "p").train.param == 0.5
-    with pytest.raises(ConfigError, match=r"train\.param: expected beta"):
+    assert parse_with_file(TrainJob, [path, "--train.beta", "0.5"], "p").train.beta == 0.5
+    with pytest.raises(ConfigError, match=r"train\.beta: expected a weight"):
         parse_with_file(TrainJob, [path], "p")
 
 

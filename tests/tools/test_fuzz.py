@@ -15,7 +15,7 @@ from stillroom.cache.commits import commit_path
 from stillroom.cache.errors import StillroomError
 from stillroom.cache.manifest import Manifest
 from stillroom.cache.store import Cache
-from stillroom.replay import ReplayConfig, ReplayStream, Source
+from stillroom.replay import ReplayStream, Source, StreamConfig
 from stillroom.tools.verify import verify
 from tests.tools.small_cache import FORMATS, LIVE, OTHER, attempt, make_cache, shard_object
 
@@ -55,7 +55,7 @@ def readings(root: Path) -> dict[str, Callable[[], bytes]]:
     def stream() -> bytes:
         cache = Cache.open(root)
         opened = cache.open_snapshot(snapshot)
-        config = ReplayConfig(batch_rows=4, max_tokens=64, block_rows=2, window_rows=2)
+        config = StreamConfig(batch_rows=4, max_tokens=64, block_rows=2, window_rows=2)
         batches = ReplayStream(Source(cache, opened), config)
         return _digest([opened, [batch for batch, _ in zip(batches, range(2), strict=False)]])
 

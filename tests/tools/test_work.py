@@ -10,7 +10,7 @@ import pytest
 from stillroom.cache.schema import UNUSED_ID
 from stillroom.cache.store import Cache
 from stillroom.replay.policies import policy_versions
-from stillroom.train.config import RunConfig
+from stillroom.train.run_config import RunConfig
 
 pytestmark = pytest.mark.usefixtures("quiet_jobs")
 

@@ -13,7 +13,7 @@ from stillroom.cache.causal_lm import load_causal_lm
 from stillroom.cache.errors import InputError
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.store import Cache
-from stillroom.replay.config import ReplayConfig
+from stillroom.replay.config import StreamConfig
 from stillroom.train.evaluate import as_json, evaluate
 from stillroom.train.student import load_student
 
@@ -38,7 +38,7 @@ def test_means_over_positions(
     cache = make_cache(tmp_path, rows=5, topk=topk)
     snapshot = cache.snapshot()
     student = load_student(inspect_model(str(student_dir)), "float32", torch.device("cpu"))
-    replay = ReplayConfig(batch_rows=2, max_tokens=64, block_rows=1, window_rows=1)
+    replay = StreamConfig(batch_rows=2, max_tokens=64, block_rows=1, window_rows=1)
     evaluation = evaluate(student, cache, snapshot, replay)
     assert (evaluation.rows, evaluation.left_out, evaluation.truncated) == (5, {}, 0)
     measured = evaluation.sources["student"]
@@ -80,7 +80,7 @@ def test_rows_that_are_not_measured_whole_are_counted(
     tokens, prompt, positions = np.array(commit.row_lengths(), np.int64).T
     limit = int(np.sort(tokens)[3])
     student = load_student(inspect_model(str(student_dir)), "float32", torch.device("cpu"))
-    replay = ReplayConfig(batch_rows=12, max_tokens=limit, over_long=over_long)
+    replay = StreamConfig(batch_rows=12, max_tokens=limit, over_long=over_long)
     if over_long == "refuse":
         with pytest.raises(InputError, match="at least the longest row's"):
             evaluate(student, cache, snapshot, replay)

@@ -11,8 +11,8 @@ from stillroom.cache.errors import ConfigError, CorruptError
 from stillroom.cache.teacher import TeacherConfig
 from stillroom.replay.prompts import PromptsConfig
 from stillroom.replay.refresh import RefreshConfig
-from stillroom.train.config import RunConfig
 from stillroom.train.preflight import check_batch, check_output, settings_of
+from stillroom.train.run_config import RunConfig
 
 
 @pytest.fixture

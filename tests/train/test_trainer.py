@@ -17,8 +17,8 @@ from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.pins import active_pins
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
-from stillroom.replay.config import ReplayConfig
-from stillroom.train.config import TrainConfig
+from stillroom.replay.config import StreamConfig
+from stillroom.train.config import ReplayConfig
 from stillroom.train.run_snapshot import pin_name, release_snapshot, snapshot_for
 from stillroom.train.trainer import (
     ReplayTrainer,
@@ -27,13 +27,13 @@ from stillroom.train.trainer import (
     check_trainable,
 )
 
-REPLAY = ReplayConfig(batch_rows=6, max_tokens=64, block_rows=2, window_rows=4)
-CONFIG = TrainConfig(
+REPLAY = StreamConfig(batch_rows=6, max_tokens=64, block_rows=2, window_rows=4)
+CONFIG = ReplayConfig(
     device="cpu",
     learning_rate=1e-2,
-    epochs=3,
+    num_train_epochs=3,
     drift_every_steps=2,
-    schedule="cosine",
+    lr_scheduler_type="cosine",
     replay=REPLAY,
 )
 
@@ -54,7 +54,7 @@ def grouped(
 
 
 def trainer(
-    cache: Cache, student_dir: Path, output: Path, config: TrainConfig = CONFIG, run: str = "r"
+    cache: Cache, student_dir: Path, output: Path, config: ReplayConfig = CONFIG, run: str = "r"
 ) -> ReplayTrainer:
     """A trainer of the tiny student."""
     files = inspect_model(str(student_dir))
@@ -78,7 +78,7 @@ def test_split_into_micro_batches_does_not_matter(
     found = []
     for max_tokens in (4096, 64, 30):
         replay = replace(REPLAY, max_tokens=max_tokens)
-        config = replace(CONFIG, kind=kind, param=param, replay=replay)
+        config = replace(CONFIG, kind=kind, beta=param, replay=replay)
         made = trainer(cache, student_dir, tmp_path, config)
         found.append((gradient(made, 2), made))
     sizes = [len(made.stream.next_batch().micro_batches) for _, made in found]
@@ -148,7 +148,7 @@ def test_rows_that_are_not_read_whole_are_told(
     assert (lengths[:, 1] < limit).all(), "each row keeps a position"
     over = int((lengths[:, 0] > limit).sum())
     replay = replace(REPLAY, batch_rows=3, max_tokens=limit, over_long=over_long)
-    config = replace(CONFIG, epochs=1, replay=replay)
+    config = replace(CONFIG, num_train_epochs=1, replay=replay)
     report = trainer(cache, student_dir, tmp_path, config, run=over_long).train()
     said = capsys.readouterr().out
     if over_long == "skip":
@@ -189,7 +189,7 @@ def test_loss_is_the_mean_over_all_positions(
 
 def test_loss_falls_and_drift_grows(cache: Cache, student_dir: Path, tmp_path: Path) -> None:
     """Training lowers the loss on what it replays, and leaves drift records in the cache."""
-    made = trainer(cache, student_dir, tmp_path, replace(CONFIG, epochs=8), run="falls")
+    made = trainer(cache, student_dir, tmp_path, replace(CONFIG, num_train_epochs=8), run="falls")
     report = made.train()
     assert report.steps == 16
     assert report.rows == 96
@@ -224,7 +224,7 @@ def test_resume_continues_to_the_bit(
     cache: Cache, student_dir: Path, tmp_path: Path, stop_at: int
 ) -> None:
     """A run that stopped after a checkpoint ends with the weights of one that did not."""
-    config = replace(CONFIG, checkpoint_every_steps=1)
+    config = replace(CONFIG, save_steps=1)
     whole = trainer(cache, student_dir, tmp_path / "whole", config)
     whole_report = whole.train()
     stopped = trainer(cache, student_dir, tmp_path / "stopped", config)
@@ -277,13 +277,13 @@ def test_untrainable_settings() -> None:
     for name in ("LBFGS", "x"):
         with pytest.raises(ConfigError, match=r"train\.optimizer"):
             check_trainable(replace(CONFIG, optimizer=name))
-    with pytest.raises(ConfigError, match=r"train\.schedule"):
-        check_trainable(replace(CONFIG, schedule="foo"))
+    with pytest.raises(ConfigError, match=r"train\.lr_scheduler_type"):
+        check_trainable(replace(CONFIG, lr_scheduler_type="foo"))
     check_trainable(CONFIG)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"checkpoint_every_steps": 1, "drift_every_steps": 100}, {"drift_every_steps": 1}]
+    "changes", [{"save_steps": 1, "drift_every_steps": 100}, {"drift_every_steps": 1}]
 )
 def test_a_run_pins_what_it_trains_on(
     make_cache: Callable[..., Cache], student_dir: Path, tmp_path: Path, changes: dict[str, Any]
@@ -311,7 +311,7 @@ def test_a_run_that_follows_pins_before_it_opens(
     first = snapshot_for(cache, tmp_path, "r").id
     name = pin_name(tmp_path, "r")
     replay = replace(REPLAY, follow_every_steps=2)
-    config = replace(CONFIG, replay=replay, checkpoint_every_steps=1, drift_every_steps=100)
+    config = replace(CONFIG, replay=replay, save_steps=1, drift_every_steps=100)
     made = trainer(cache, student_dir, tmp_path, config)
     open_snapshot, opened = Cache.open_snapshot, dict[str, list[str]]()
 
@@ -339,7 +339,7 @@ def test_a_stopped_run_goes_on_with_its_snapshot(
     """Scores that came in the meantime wait for the next run; drift counts the whole interval."""
     cache = make_cache(tmp_path / "root")
     first = cache.snapshot()
-    config = replace(CONFIG, checkpoint_every_steps=1, drift_every_steps=100)
+    config = replace(CONFIG, save_steps=1, drift_every_steps=100)
     assert snapshot_for(cache, tmp_path, "r").id == first.id
     stopped = trainer(cache, student_dir, tmp_path, config)
     real_step = stopped._take_step

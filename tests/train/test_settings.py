@@ -11,7 +11,9 @@ import pytest
 from stillroom.cache.errors import ConfigError, MissingError
 from stillroom.cache.teacher import ScoreSpec
 from stillroom.replay.row_filter import RowFilter
-from stillroom.train.config import RunConfig, TrainConfig, build_settings, load_yaml
+from stillroom.train.config import ReplayConfig
+from stillroom.train.run_config import RunConfig
+from stillroom.train.settings import build_settings, load_yaml
 
 MINIMAL = """
 root: cache
@@ -32,10 +34,10 @@ def write(tmp_path: Path, text: str) -> str:
 
 def test_values_and_defaults(tmp_path: Path) -> None:
     """Nested values are taken, all else is the default; 2e-4 is a number though YAML says text."""
-    text = MINIMAL + "train: {learning_rate: 2e-4, epochs: 3, replay: {batch_rows: 8}}\n"
+    text = MINIMAL + "train: {learning_rate: 2e-4, num_train_epochs: 3, replay: {batch_rows: 8}}\n"
     config: RunConfig = load_yaml(RunConfig, write(tmp_path, text))
     assert config.train.learning_rate == 2e-4
-    assert config.train.epochs == 3.0
+    assert config.train.num_train_epochs == 3.0
     assert config.train.replay.batch_rows == 8
     assert config.train.replay.seed == 0
     assert config.teacher.model == "t"
@@ -59,11 +61,11 @@ def test_what_the_teacher_keeps(tmp_path: Path) -> None:
         (MINIMAL + "rounds: 1.5\n", "'rounds'.*int.*1.5"),
         (MINIMAL + "rounds: 0\n", "rounds.*at least 1"),
         (MINIMAL + "train: 3\n", "'train'.*key: value"),
-        (MINIMAL + "train: {kind: jsd}\n", "train.param.*beta"),
-        (MINIMAL + "train: {kind: jsd, param: 1.0}\n", "train.param.*beta"),
+        (MINIMAL + "train: {kind: jsd}\n", "train.beta.*excluded"),
+        (MINIMAL + "train: {kind: jsd, beta: 1.0}\n", "train.beta.*excluded"),
         (MINIMAL + "train: {kind: sideways}\n", "train.kind.*one of"),
-        (MINIMAL + "train: {param: 0.5}\n", "train.param.*forward takes none"),
-        (MINIMAL + "train: {epochs: 0}\n", "train.epochs.*above 0"),
+        (MINIMAL + "train: {beta: 0.5}\n", "train.beta.*forward takes none"),
+        (MINIMAL + "train: {num_train_epochs: 0}\n", "train.num_train_epochs.*above 0"),
         (MINIMAL + "sampler: {extra: 2}\n", "sampler.extra.*at most 0.*; got 2"),
         (
             MINIMAL + "extra: 1\nextra_kind: student\nsampler: {extra: 2}\n",
@@ -93,8 +95,8 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_optional_takes_nothing_or_a_value() -> None:
     """None and a value both fit an optional setting."""
-    assert build_settings(TrainConfig, {"param": None}, "x").param is None
-    assert build_settings(TrainConfig, {"kind": "jsd", "param": 0.1}, "x").param == 0.1
+    assert build_settings(ReplayConfig, {"beta": None}, "x").beta is None
+    assert build_settings(ReplayConfig, {"kind": "jsd", "beta": 0.1}, "x").param == 0.1
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""Settings of the loss: what goes together is taken, all else is refused by name."""
+
+import itertools
+from typing import Any
+
+import pytest
+
+from stillroom.cache.errors import ConfigError
+from stillroom.train.config import ReplayConfig
+from stillroom.train.objective import DIVERGENCES, KINDS, MODES, PARAMETERS, Objective
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_takes_its_parameter_and_no_other(kind: str) -> None:
+    mine = PARAMETERS.get(kind)
+    values: dict[str, Any]
+    for name in set(PARAMETERS.values()):
+        if name == mine:
+            values = {"kind": kind, name: 0.25}
+            assert Objective(**values).param == 0.25
+        else:
+            values = {"kind": kind, name: 0.25} | ({mine: 0.25} if mine else {})
+            with pytest.raises(ConfigError, match=rf"train\.{name}.*{kind} takes none"):
+                Objective(**values)
+    if mine is None:
+        assert Objective(kind=kind).param is None
+
+
+@pytest.mark.parametrize(("kind", "mode"), [*itertools.product(KINDS, MODES)])
+def test_modes(kind: str, mode: str) -> None:
+    """Tail with all, renorm with divergences, the other two with forward KL alone."""
+    mine = PARAMETERS.get(kind)
+    values: dict[str, Any] = {"kind": kind, "mode": mode} | ({mine: 0.5} if mine else {})
+    taken = mode == "tail" or kind == "forward" or (mode == "renorm" and kind in DIVERGENCES)
+    if taken:
+        assert Objective(**values).mode == mode
+    else:
+        with pytest.raises(ConfigError, match=r"train\.mode: expected 'tail'"):
+            Objective(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kind": "sideways"}, r"train\.kind.*one of"),
+        ({"kind": "jsd"}, r"train\.beta.*excluded; got None"),
+        ({"kind": "jsd", "beta": 1.0}, r"train\.beta.*excluded"),
+        ({"kind": "mixed", "forward_weight": 1.1}, r"train\.forward_weight.*0 to 1"),
+        ({"kind": "reverse", "mode": "truncated"}, "moved most of its mass off"),
+        ({"kind": "reverse", "mode": "zero_tail"}, "finite for every student"),
+        ({"importance": "some"}, r"train\.importance.*one of"),
+        ({"importance_cap": 0.0}, r"train\.importance_cap.*above 0"),
+        ({"importance_range": (2.0, 1.0)}, r"train\.importance_range"),
+        ({"clip_range": 0.2}, r"train\.clip_range.*only policy gradients"),
+        ({"kind": "policy_gradient", "clip_range": 1.0}, r"train\.clip_range.*between 0 and 1"),
+        ({"baseline": True}, r"train\.baseline.*only policy gradients"),
+        ({"cross_entropy": 1.5}, r"train\.cross_entropy.*0 to 1"),
+    ],
+)
+def test_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Objective(**values)
+    with pytest.raises(ConfigError, match=message):
+        ReplayConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_steps": 0}, r"train\.max_steps.*at least 1, or -1"),
+        ({"gradient_accumulation_steps": 0}, r"gradient_accumulation_steps.*at least 1"),
+        ({"temperature": 0.0}, r"train\.temperature.*above 0"),
+        ({"loss_bytes": 1000}, r"train\.loss_bytes.*1 MiB"),
+        ({"device": "tpu"}, r"train\.device.*one of"),
+    ],
+)
+def test_settings_of_training_are_checked(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ReplayConfig(**values)
