@@ -1,4 +1,4 @@
-"""The settings of each job, filled by a YAML file and flags. `run` has `train.run_config.RunConfig`."""
+"""Settings of each job, filled by a YAML file and flags. `run` has `train.run_config.RunConfig`."""
 
 from dataclasses import dataclass, field
 

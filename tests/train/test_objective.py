@@ -10,33 +10,30 @@ from stillroom.train.config import ReplayConfig
 from stillroom.train.objective import DIVERGENCES, KINDS, MODES, PARAMETERS, Objective
 
 
+def made(kind: str, **values: Any) -> Objective:
+    """Settings of a kind with its parameter."""
+    mine = PARAMETERS.get(kind)
+    return Objective(kind=kind, **({mine: 0.25} if mine else {}) | values)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_takes_its_parameter_and_no_other(kind: str) -> None:
     mine = PARAMETERS.get(kind)
-    values: dict[str, Any]
-    for name in set(PARAMETERS.values()):
-        if name == mine:
-            values = {"kind": kind, name: 0.25}
-            assert Objective(**values).param == 0.25
-        else:
-            values = {"kind": kind, name: 0.25} | ({mine: 0.25} if mine else {})
-            with pytest.raises(ConfigError, match=rf"train\.{name}.*{kind} takes none"):
-                Objective(**values)
-    if mine is None:
-        assert Objective(kind=kind).param is None
+    assert made(kind).param == (0.25 if mine else None)
+    for name in set(PARAMETERS.values()) - {mine}:
+        with pytest.raises(ConfigError, match=rf"train\.{name}.*{kind} takes none"):
+            made(kind, **{name: 0.25})
 
 
 @pytest.mark.parametrize(("kind", "mode"), [*itertools.product(KINDS, MODES)])
 def test_modes(kind: str, mode: str) -> None:
     """Tail with all, renorm with divergences, the other two with forward KL alone."""
-    mine = PARAMETERS.get(kind)
-    values: dict[str, Any] = {"kind": kind, "mode": mode} | ({mine: 0.5} if mine else {})
     taken = mode == "tail" or kind == "forward" or (mode == "renorm" and kind in DIVERGENCES)
     if taken:
-        assert Objective(**values).mode == mode
+        assert made(kind, mode=mode).mode == mode
     else:
         with pytest.raises(ConfigError, match=r"train\.mode: expected 'tail'"):
-            Objective(**values)
+            made(kind, mode=mode)
 
 
 @pytest.mark.parametrize(
