@@ -20,6 +20,9 @@ from stillroom.cache.ranges import too_large, wrong_size
 from stillroom.cache.storage_entry import Entry, is_ours
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
+JOINED_BYTES = 1 << 16
+"""Ranges that touch are read together as far as they have no more bytes than this: a call takes as
+long as copying them, and other threads take the interpreter meanwhile."""
 ATTEMPTS = 100
 """How often a put makes its folder, which `delete` may remove while it is empty."""
 
@@ -65,8 +68,9 @@ class LocalObjects:
             if size is not None and found != size:
                 raise wrong_size(str(self.folder / path), size, found)
             return [
-                _read(handle, start, min(length, max(found - start, 0)))
-                for start, length in zip(starts, lengths, strict=True)
+                part
+                for first, stop in _together(starts, lengths)
+                for part in _parts(handle, starts[first:stop], lengths[first:stop], found)
             ]
         finally:
             os.close(handle)
@@ -191,6 +195,25 @@ class LocalObjects:
 def _linked(target: Path) -> StorageError:
     do = "Replace the link by what it points to."
     return StorageError(str(target), "no symbolic link below the root", "one", do)
+
+
+def _together(starts: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Runs [first, stop) of ranges that are read at once."""
+    first = 0
+    for i in range(1, len(starts) + 1):
+        touches = i < len(starts) and starts[i] == starts[i - 1] + lengths[i - 1]
+        if not touches or starts[i] + lengths[i] - starts[first] > JOINED_BYTES:
+            yield first, i
+            first = i
+
+
+def _parts(
+    handle: int, starts: Sequence[int], lengths: Sequence[int], size: int
+) -> Iterator[bytes]:
+    """Ranges that follow one another, of a file of so many bytes."""
+    begin, stop = starts[0], starts[-1] + lengths[-1]
+    data = _read(handle, begin, max(0, min(stop, size) - begin))
+    return (data[s - begin : s - begin + n] for s, n in zip(starts, lengths, strict=True))
 
 
 def _read(handle: int, start: int, length: int) -> bytes:

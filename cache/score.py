@@ -47,7 +47,9 @@ class ScoreReport:
     """Seconds that the teacher took for them."""
 
 
-def score(cache: Cache, teacher: Teacher, *, accept_numerics: bool = False) -> ScoreReport:
+def score(
+    cache: Cache, teacher: Teacher, *, accept_numerics: bool = False, check_teacher: bool = True
+) -> ScoreReport:
     """Score every part that has no shard.
 
     Parts that other scorers have claimed are left to them until nothing else is left to do. Then
@@ -57,6 +59,7 @@ def score(cache: Cache, teacher: Teacher, *, accept_numerics: bool = False) -> S
         cache: where the parts lie.
         teacher: an engine that runs the identity's teacher.
         accept_numerics: allow a numeric class that the cache has not seen.
+        check_teacher: let it score the canary first; one that stays in memory need not each time.
 
     Raises:
         MismatchError: the teacher does not compute what the cache holds.
@@ -68,7 +71,8 @@ def score(cache: Cache, teacher: Teacher, *, accept_numerics: bool = False) -> S
     if not parts:
         return report
     cache.storage.check_conditional_puts()
-    check_canary(cache, teacher, accept_numerics=accept_numerics)
+    if check_teacher:
+        check_canary(cache, teacher, accept_numerics=accept_numerics)
     claims = Claims(cache.storage)
     parts = _score_free(cache, teacher, claims, parts, report)
     if parts:

@@ -11,7 +11,7 @@ from stillroom.cache.manifest import ArrayEntry
 from stillroom.cache.schema import BY_NAME, UNUSED_ID, Arrays
 from stillroom.cache.shard_format import Encoded, Source
 from stillroom.cache.zarr_entries import unpack_entries
-from stillroom.cache.zarr_id_groups import MAX_LOOKUP, lookup_table
+from stillroom.cache.zarr_id_groups import MAX_LOOKUP, IdLookup
 from stillroom.cache.zarr_layout import CHUNK_ROWS, OBJECT_NAME, STORED_IDS, chunks_of
 
 Span = tuple[str, int, int]
@@ -51,7 +51,7 @@ class ZarrReader:
         self._arrays = source.manifest.arrays
         self._topk = source.identity.topk
         self._is_packed, self._groups, self._width = _own_attributes(source)
-        self._lookup: np.ndarray | None = None
+        self._lookup: IdLookup | None = None
         self._starts: np.ndarray | None = None
         source.manifest.check_shapes(self._stored_shapes(), source.where)
         for name, entry in self._arrays.items():
@@ -73,7 +73,7 @@ class ZarrReader:
         blobs = iter(self._fetch([*plain, *stored]))
         found = [self._decode(span, blobs) for span in plain]
         if first:
-            self._lookup = lookup_table(found.pop(), self._groups, self._width)
+            self._lookup = IdLookup(found.pop(), self._groups, self._width)
         groups = iter(found[len(found) - len(ids) :])
         named = iter(found)
         unpacked = iter(
@@ -181,6 +181,7 @@ class ZarrReader:
                 continue
             if scratch is None:
                 scratch = empty((CHUNK_ROWS, *entry.shape[1:]), entry.dtype)
+                index = empty(scratch.shape if group is not None else (0,), np.int64)
             # as far as rows are wanted; the last chunk to its end, so that its count is checked
             is_last = (i + 1) * CHUNK_ROWS >= entry.shape[0]
             needed = scratch if is_last else scratch[: high - i * CHUNK_ROWS]
@@ -190,19 +191,18 @@ class ZarrReader:
                 target[...] = rows
             else:
                 own = group[low - start : high - start]
-                self._look_up(rows, own, target, where)
+                self._look_up(rows, own, target, index[: len(rows)], where)
         return out
 
-    def _look_up(self, code: np.ndarray, group: np.ndarray, out: np.ndarray, where: str) -> None:
-        """Ids of codes, which are overwritten."""
-        assert self._lookup is not None
-        groups, codes = self._lookup.shape
-        if code.max(initial=0) >= codes or group.max(initial=0) >= groups:
-            expected = f"codes below {codes} and groups below {groups}"
+    def _look_up(
+        self, code: np.ndarray, group: np.ndarray, out: np.ndarray, index: np.ndarray, where: str
+    ) -> None:
+        """Ids of codes; see `IdLookup.look_up`."""
+        lookup = self._lookup
+        assert lookup is not None
+        if not lookup.look_up(code, group, out, index):
+            expected = f"codes below {lookup.codes} and groups below {lookup.groups}"
             raise CorruptError(where, expected, "larger ones", "Score the part again.")
-        code += group.astype(np.uint32) * np.uint32(codes)
-        # the check above leaves nothing to clip; this mode spares a buffer
-        np.take(self._lookup.reshape(-1), code, out=out, mode="clip")
 
     def _refuse(self, name: str, expected: str, got: str) -> NoReturn:
         where = f"{self._source.where}, {name}"

@@ -249,16 +249,28 @@ def _copy_scores(out: Arrays, rows: Sequence[Row], counts: Sequence[int]) -> Non
     for name in ("tail_logprob", "sampled_logprob", "behaviour_logprob"):
         np.concatenate([row.arrays[name] for row in rows], out=out[name])
     for name, unused in UNUSED.items():
-        width = out[name].shape[1]
-        if not width:
-            continue
-        if all(_width(row, name) == width for row in rows):
-            np.concatenate([_values(row, name) for row in rows], out=out[name])
-            continue
-        out[name][:] = unused
+        if out[name].shape[1]:
+            _copy_entries(out[name], name, unused, rows, counts)
+
+
+def _copy_entries(
+    out: np.ndarray, name: str, unused: float, rows: Sequence[Row], counts: Sequence[int]
+) -> None:
+    """Write a column of entries (P, n); ids as int32, in which the mark of unused ones is -1."""
+    target = out.view(np.uint32) if name.endswith("_id") else out
+    if all(_width(row, name) == out.shape[1] for row in rows):
+        np.concatenate([row.arrays[name] for row in rows], out=target)
+    else:
+        out[:] = unused
         for row, stop, count in zip(rows, np.cumsum(counts), counts, strict=True):
             if _width(row, name):
-                out[name][stop - count : stop, : _width(row, name)] = _values(row, name)
+                target[stop - count : stop, : _width(row, name)] = row.arrays[name]
+    if target is not out and out.min(initial=0) < -1:
+        at, column = np.argwhere(out < -1)[0]
+        row = rows[np.searchsorted(np.cumsum(counts), at, side="right")]
+        where, got = f"row {row.number}, {name}", str(target[at, column])
+        expected = "token ids below 2**31"
+        raise InputError(where, expected, got, "Run 'stillroom verify'.")
 
 
 def _check_lengths(rows: Sequence[Row], scored: Sequence[np.ndarray]) -> None:
@@ -274,19 +286,6 @@ def _check_lengths(rows: Sequence[Row], scored: Sequence[np.ndarray]) -> None:
 def _width(row: Row, name: str) -> int:
     """K or M of a row; 0 where it has no such column."""
     return row.arrays[name].shape[1] if name in row.arrays else 0
-
-
-def _values(row: Row, name: str) -> np.ndarray:
-    """A column of entries (P, n); ids as int32, in which the mark of unused ones is -1."""
-    values = row.arrays[name]
-    if not name.endswith("_id"):
-        return values
-    signed = values.view(np.int32)
-    if signed.size and signed.min() < -1:
-        where, got = f"row {row.number}, {name}", str(values[signed < -1][0])
-        expected = "token ids below 2**31"
-        raise InputError(where, expected, got, "Run 'stillroom verify'.")
-    return signed
 
 
 def _allocate(sizes: dict[str, int], empty: Empty) -> Arrays:

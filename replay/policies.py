@@ -25,10 +25,11 @@ class Policy:
     """Policy that it was trained from; None for version 0."""
     step: int
     """Optimiser steps that the run had taken."""
-    path: str
-    """Folder with its weights; relative to the root where it lies below it."""
-    fingerprint: str
-    """Of its files."""
+    path: str | None
+    """Folder with its weights; relative to the root where it lies below it. None for a student in
+    the middle of a run, which sampled and was trained on: nobody kept its weights."""
+    fingerprint: str | None
+    """Of its files; None without."""
 
 
 def policy_path(version: int) -> str:
@@ -57,8 +58,9 @@ def read_policy(storage: Storage, version: int) -> Policy:
         do = "List the policies with 'stillroom status'."
         raise MissingError(where, f"policy {version}", "none", do) from error
     policy: Policy = jsonfile.build(Policy, jsonfile.load_sealed(data, where), where)
-    is_safe = Path(policy.path).is_absolute() or SAFE_PATH.fullmatch(policy.path)
-    if policy.version != version or not is_safe:
+    folder, is_kept = policy.path, policy.fingerprint is not None
+    is_safe = folder is None or Path(folder).is_absolute() or SAFE_PATH.fullmatch(folder)
+    if policy.version != version or not is_safe or is_kept != (folder is not None):
         expected = f"policy {version}, its weights below the root or at an absolute path"
         got = f"policy {policy.version} at {policy.path!r:.200}"
         raise CorruptError(where, expected, got, "Restore the file.")
@@ -73,8 +75,29 @@ def policy_versions(storage: Storage) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
+def record_unkept(storage: Storage, *, run: str, parent: int, step: int) -> Policy:
+    """Give a student in the middle of a run the next free version, without its weights: what it
+    samples names who sampled it."""
+    version = max(policy_versions(storage), default=0) + 1
+    while True:
+        policy = Policy(
+            version=version, run=run, parent=parent, step=step, path=None, fingerprint=None
+        )
+        if put_policy(storage, policy):
+            return policy
+        version += 1
+
+
 def policy_folder(storage: Storage, policy: Policy) -> Path:
-    """Where a policy's weights lie."""
+    """Where a policy's weights lie.
+
+    Raises:
+        MissingError: nobody kept them.
+    """
+    if policy.path is None:
+        where, do = storage.describe(policy_path(policy.version)), "Take a published policy."
+        got = f"none: {policy.run} went on from it after step {policy.step}"
+        raise MissingError(where, f"the weights of policy {policy.version}", got, do)
     folder = Path(policy.path)
     return folder if folder.is_absolute() else storage.folder / folder
 

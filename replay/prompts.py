@@ -4,22 +4,19 @@ A row has `messages` (chat), or `prompt` or `text` (plain, taken as one user mes
 tokenizer has a chat template). Prompts that are too long are left out and counted, never cut.
 """
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stillroom.cache.errors import ConfigError, InputError, MissingError, first_line
+from stillroom.cache.errors import ConfigError, InputError
 from stillroom.cache.part import prompt_id
-from stillroom.cache.storage import local_path
+from stillroom.replay.text_rows import are_messages, first_column, parse_messages, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COLUMNS = ("messages", "prompt", "text")
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,10 +84,12 @@ def load_prompts(config: PromptsConfig, tokenizer: "PreTrainedTokenizerBase", ro
         do = "Ask for shorter completions (sampler.max_new_tokens)."
         got = f"{room} tokens left for a prompt"
         raise ConfigError("sampler.max_new_tokens", "room for a prompt and its completion", got, do)
-    rows = _read(config)
-    column = _column(config, rows.column_names)
+    rows = read_rows(config.source, config.split, config.limit)
+    wanted = [config.column] if config.column else COLUMNS
+    column = first_column(rows.column_names, wanted, config.source, "prompts.column")
+    chats = column == "messages"
     rendered = [
-        _render(_messages(value, column), tokenizer, f"{config.source}, row {i}")
+        _render(parse_messages(value) if chats else value, tokenizer, f"{config.source}, row {i}")
         for i, value in enumerate(rows[column])
     ]
     names = rows["prompt_name"] if "prompt_name" in rows.column_names else [None] * len(rendered)
@@ -110,57 +109,11 @@ def load_prompts(config: PromptsConfig, tokenizer: "PreTrainedTokenizerBase", ro
     return Prompts(tuple(unique), too_long, duplicates)
 
 
-def _read(config: PromptsConfig) -> Any:
-    import datasets
-
-    path = local_path(config.source)
-    loader = LOADERS.get(path.suffix)
-    datasets.disable_progress_bars()
-    if loader and not path.is_file():
-        raise MissingError(str(path), "a file of prompts", "nothing", "Check prompts.source.")
-    if loader and path.stat().st_size == 0:
-        raise InputError(str(path), "at least one prompt", "an empty file", "Add prompts.")
-    try:
-        if loader:
-            rows = datasets.load_dataset(loader, data_files=str(path), split="train")
-        else:
-            rows = datasets.load_dataset(config.source, split=config.split)
-    except Exception as error:
-        cause = first_line(error)
-        do = "Check the name, the format and the split."
-        raise InputError(
-            config.source, f"prompts as {sorted(LOADERS)} or a hub id", cause, do
-        ) from error
-    rows = rows.select(range(min(config.limit or len(rows), len(rows))))
-    if len(rows) == 0:
-        raise InputError(config.source, "at least one prompt", "no row", "Add prompts.")
-    return rows
-
-
-def _column(config: PromptsConfig, names: Sequence[str]) -> str:
-    wanted = [config.column] if config.column else list(COLUMNS)
-    for name in wanted:
-        if name in names:
-            return name
-    do = "Rename the column that holds the prompts, or set prompts.column."
-    raise InputError(config.source, f"a column {' or '.join(wanted)}", f"{sorted(names)}", do)
-
-
-def _messages(value: Any, column: str) -> Any:
-    """Messages that a CSV file holds as JSON text are parsed; nothing else is changed."""
-    if column != "messages" or not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return [value]
-
-
 def _render(value: Any, tokenizer: "PreTrainedTokenizerBase", where: str) -> np.ndarray:
     if not value or (isinstance(value, str) and not value.strip()):
         raise InputError(where, "a prompt", "an empty one", "Leave the row out.")
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    if not (isinstance(messages, list) and all(map(_is_message, messages))):
+    if not are_messages(messages):
         do = "Give text, or messages as a list of {'role': ..., 'content': ...}."
         raise InputError(where, "text or messages", repr(value)[:80], do)
     try:
@@ -184,13 +137,6 @@ def _render(value: Any, tokenizer: "PreTrainedTokenizerBase", where: str) -> np.
     if not ids:
         raise InputError(where, "a prompt", "one that renders to no token", "Leave the row out.")
     return np.asarray(ids, np.uint32)
-
-
-def _is_message(value: Any) -> bool:
-    """Templates render what is not there as nothing, so it is looked for here."""
-    if not (isinstance(value, dict) and value.get("role")):
-        return False
-    return value.get("content") is not None or bool(value.get("tool_calls"))
 
 
 def _unique(prompts: list[Prompt]) -> list[Prompt]:

@@ -4,7 +4,7 @@ Temperature and filters run as logits processors of ours, and after them a recor
 step's log probabilities until the drawn token is known: memory is B x V, whatever the length.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -41,6 +42,22 @@ class TransformersSampler:
         self._stop = stop_ids(files, self._model.generation_config)
         # A checkpoint's own generation settings (penalties, filters) would change what is sampled.
         self._model.generation_config = GenerationConfig()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that samples."""
+        model: PreTrainedModel = self._model
+        return model
+
+    def take_weights(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Sample with these weights of the same model from now on; where they have the sampler's
+        dtype and device they are shared, not copied."""
+        dtype = self._model.dtype
+        moved = {
+            name: tensor.to(self._device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in state.items()
+        }
+        self._model.load_state_dict(moved, assign=True)
 
     def sample(self, prompts: Sequence[np.ndarray], seed: int) -> Iterator[tuple[int, Sampled]]:
         """Sample a completion of each prompt; see `sampler.StudentSampler`."""

@@ -50,7 +50,13 @@ VOCAB = 256 + 2 + len(SPECIALS)
 
 
 def save_llama(
-    folder: Path, seed: int, *, scale: float = 0.3, width: int = VOCAB, layers: int = 2
+    folder: Path,
+    seed: int,
+    *,
+    scale: float = 0.3,
+    width: int = VOCAB,
+    layers: int = 2,
+    tied: bool = True,
 ) -> Path:
     """A random Llama of a few thousand weights, with its tokenizer."""
     import torch
@@ -64,7 +70,7 @@ def save_llama(
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=VOCAB - 4,
         pad_token_id=VOCAB - 4,

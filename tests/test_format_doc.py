@@ -53,6 +53,7 @@ from stillroom.replay.prompts import Prompt
 from stillroom.tools.object_names import KINDS, kind_of
 from stillroom.train.drift import DriftMeter, put_drift
 from tests.cache.fakes import FakeTeacher, make_identity, make_meta, random_rollouts
+from tests.train.test_drift_sums import outcome
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "format.md"
 SIZES = {"position": "P", "token": "N", "sequence": "S", "edge": "S + 1", "teacher_token": "Q"}
@@ -348,9 +349,9 @@ def test_marks_plans_and_drift(tmp_path: Path) -> None:
         (entry,) = cache.storage.list(folder)
         assert {*words(listed)} == {*jsonfile.load_sealed(cache.storage.get(entry.path), "")}
 
-    meter = DriftMeter(0)
-    meter.add(np.zeros(1), np.zeros(1), np.zeros(1, int))
-    put_drift(cache.storage, "run", 1, meter.take())
+    meter = DriftMeter()
+    meter.add(outcome(np.zeros(1), np.zeros(1)))
+    put_drift(cache.storage, "run", 1, meter.take(0))
     drift = jsonfile.load_sealed(cache.storage.get("drift/run/00000001.json"), "")
     code = {name: json_type(type(value)) for name, value in drift.items()}
     assert objects("Plans, policies, drift")["drift"] == code

@@ -1,13 +1,16 @@
 """`stillroom bench`: measures this machine on a cache's own scores, or on made-up ones, and prints
 a table."""
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
 from stillroom.cache.errors import ConfigError
+from stillroom.cache.storage import local_path
 from stillroom.cache.store import Cache
+from stillroom.tools.bench_quality_cells import Study
 from stillroom.tools.render import print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -26,9 +29,11 @@ OPEN_COLUMNS = ("shards", "first snapshot s", "next s", "open s", "memory MiB", 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bench:
     """Measure stores on the same scores in one run: bytes, writing, reading, and opening against
-    the number of shards. Or replay: what a stream delivers, beside other loaders."""
+    the number of shards. Or replay: what a stream delivers, beside other loaders. Or train: what a
+    loss and a whole step cost, beside other trainers. Or quality: how near students come to their
+    teacher by replay, and by TRL on-policy."""
 
-    what: Positional[Literal["store", "replay"]]
+    what: Positional[Literal["store", "replay", "train", "quality"]]
     """What to measure."""
     root: Positional[str | None] = None
     """A cache whose scores are used; None makes some up, which is good for speeds only."""
@@ -41,13 +46,41 @@ class Bench:
     """Numbers of shards to measure opening at; none leaves that out."""
     peers: bool = True
     """Measure other stores too: plain Zarr and Parquet, Hugging Face datasets, and litdata and
-    webdataset where they are installed."""
+    webdataset where they are installed; of training and of quality TRL, of training Liger too."""
     s3: bool = False
     """Replay: measure from an object store too, moto's server on the loopback."""
     tokens_per_s: float = 260_000.0
     """Replay: what the simulated trainer takes, tokens a second."""
     rows: int = 12_288
     """Replay: rows of the snapshot at least; a small cache's parts are listed more than once."""
+    part: Literal["all", "loss", "step", "ranks"] = "all"
+    """Train: a loss alone, a whole step, or a step in two processes and in bfloat16."""
+    tokens: tuple[int, ...] = (4_096, 16_384)
+    """Train: scored positions that a loss is measured at."""
+    vocab_sizes: tuple[int, ...] = (49_152, 151_936)
+    """Train: vocabularies that it is measured at."""
+    width: int = 576
+    """Train: width of the hidden states that it is measured at."""
+    loss_bytes: int = 1 << 28
+    """Train: memory of the loss beyond hidden states, head and their gradients."""
+    seconds: float = 60.0
+    """Train: after so long no further round of a loss begins."""
+    models: str = "~/.cache/stillroom/quickstart"
+    """Train: folder of the quickstart's models and prompts, for whole steps."""
+    step_tokens: tuple[int, int] = (136, 64)
+    """Train: tokens of the prompt and of the completion of each of a step's 8 rows."""
+    steps: int = 10
+    """Train: steps that are measured."""
+    threads: int = 2
+    """Train: threads of everything that is measured."""
+    output: str = "runs/quality"
+    """Quality: folder of the results; cells whose results are there are not run again."""
+    only: tuple[str, ...] = ()
+    """Quality: cells to run, such as replay-16.forward.0 or '*.0'; all if nothing is said."""
+    report: str | None = None
+    """Quality: run nothing, print the table, and draw the curves into this folder."""
+    study: Study = field(default_factory=Study)
+    """Quality: what decides the results."""
     json: bool = False
     """Print JSON."""
 
@@ -58,11 +91,66 @@ class Bench:
             got = f"{positions}, {self.topk}, {self.rows}, {self.commits}, {self.tokens_per_s}"
             names = "positions, topk, rows, commits, tokens_per_s"
             raise ConfigError(names, "at least 1, and above 0", got, "Raise them.")
+        sizes = (*self.tokens, *self.vocab_sizes, self.width, *self.step_tokens)
+        if min(*sizes, self.steps, self.threads) < 1 or self.topk > min(self.vocab_sizes):
+            got = f"{self.tokens}, {self.vocab_sizes}, {self.width}, {self.step_tokens}"
+            names = "tokens, vocab_sizes (topk too), width, step_tokens, steps, threads"
+            got = f"{got}, {self.steps}, {self.threads}"
+            raise ConfigError(names, "at least 1 (at least topk)", got, "Raise them.")
 
 
 def run_bench(job: Bench) -> int:
     """`stillroom bench`."""
-    return _replay(job) if job.what == "replay" else _store(job)
+    measure = {"store": _store, "replay": _replay, "train": _train, "quality": _quality}
+    return measure[job.what](job)
+
+
+def _quality(job: Bench) -> int:
+    from stillroom.tools import bench_quality, bench_quality_report
+
+    output, failed = local_path(job.output).absolute(), []
+    if job.report is None:
+        failed = bench_quality.run_study(job.study, output, only=job.only, with_trl=job.peers)
+    curves = bench_quality.finished(job.study, output)
+    if job.json:
+        print_json(bench_quality_report.as_json(job.study, curves))
+    else:
+        bench_quality_report.print_report(job.study, curves)
+    if job.report is not None:
+        drawn = bench_quality_report.draw(curves, local_path(job.report))
+        found = ", ".join(map(str, drawn)) or "nothing, as matplotlib is not installed"
+        print(f"drawn: {found}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _train(job: Bench) -> int:
+    from stillroom.tools import bench_train, bench_train_loss, bench_train_rows
+
+    if job.root is not None:
+        do = "Leave it out: training is measured on rows that the benchmark makes."
+        raise ConfigError("root", "nothing", job.root, do)
+    prompt, completion = job.step_tokens
+    figures = bench_train.bench_train(
+        ("loss", "step", "ranks") if job.part == "all" else (job.part,),
+        shapes=[
+            bench_train_loss.Shape(tokens, vocab, job.width, job.topk)
+            for vocab in job.vocab_sizes
+            for tokens in job.tokens
+        ],
+        losses=bench_train_loss.Settings(
+            loss_bytes=job.loss_bytes, threads=job.threads, seconds=job.seconds
+        ),
+        models=local_path(job.models),
+        sizes=bench_train_rows.Sizes(prompt=prompt, completion=completion, topk=job.topk),
+        steps=job.steps,
+        threads=job.threads,
+        with_peers=job.peers,
+    )
+    if job.json:
+        print_json(bench_train.as_json(figures))
+    else:
+        bench_train.print_figures(figures)
+    return 0
 
 
 def _replay(job: Bench) -> int:

@@ -80,9 +80,12 @@ def _check_policy(cache: Cache, path: str) -> None:
 
 
 def _check_weights(cache: Cache, path: str, report: Report) -> None:
-    """Weights elsewhere may be on another machine; those below the root are the cache's own."""
+    """Weights elsewhere may be on another machine; those below the root are the cache's own; those
+    of a student in the middle of a run were never kept."""
     version = int(path.removeprefix("policies/").removesuffix(".json"))
     folder = read_policy(cache.storage, version).path
+    if folder is None:
+        return
     try:
         open_policy(cache.storage, version)
     except MissingError as error:

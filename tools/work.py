@@ -5,6 +5,7 @@ before anything is written. torch is imported only where a model runs.
 """
 
 from dataclasses import asdict, fields, replace
+from typing import TYPE_CHECKING
 
 from stillroom.cache import jsonfile
 from stillroom.cache.errors import InputError, MissingError
@@ -25,6 +26,9 @@ from stillroom.tools.listing import describe_kept
 from stillroom.tools.render import print_json, say
 from stillroom.train.durable import write_file
 from stillroom.train.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from stillroom.train.report import TrainReport
 
 
 def init(job: InitJob) -> int:
@@ -107,15 +111,9 @@ def score_all(job: ScoreJob) -> int:
 
 def train_newest(job: TrainJob) -> int:
     """`stillroom train`."""
-    from stillroom.train.publish import check_publishable, publish
-
-    check_publishable(Storage(job.root))
-    cache = Cache.open(job.root)
-    _newest(cache)
-    if not cache.commits().keys() - cache.retired():
-        do = "Run 'stillroom rollout' and 'stillroom score' first."
-        raise InputError(cache.storage.root, "scored parts to train on", "none", do)
+    cache = _cache_to_train_on(job.root)
     from stillroom.train.parallel import same_on_all_ranks
+    from stillroom.train.publish import publish
     from stillroom.train.run_snapshot import release_snapshot, snapshot_for
     from stillroom.train.trainer import ReplayTrainer
 
@@ -129,8 +127,17 @@ def train_newest(job: TrainJob) -> int:
     files = open_policy(cache.storage, version, _known(job.student))
     snapshot = cache.open_snapshot(snapshot_id)
     name = f"{job.run_name}-{version:06d}"
-    trainer = ReplayTrainer(files, version, cache, snapshot, job.train, output, name)
+    trainer = ReplayTrainer(
+        files,
+        cache,
+        job.train,
+        snapshot=snapshot,
+        policy_version=version,
+        output=output,
+        run=name,
+    )
     report = trainer.train()
+    state = trainer.parallel.full_state_dict()
     if not trainer.is_main:
         return 0
     policy = publish(
@@ -139,7 +146,9 @@ def train_newest(job: TrainJob) -> int:
         files,
         version=version + 1,
         run=job.run_name,
-        step=report.steps,
+        step=report.student_step,
+        state=state,
+        adapter=job.train.publishes_adapter,
     )
     record = {
         "settings": asdict(job),
@@ -151,16 +160,45 @@ def train_newest(job: TrainJob) -> int:
         "positions": report.positions,
         "left_out": report.left_out,
         "truncated": report.truncated,
+        "stopped": report.stopped,
+        "held_out": report.held_out,
+        "pace": report.pace,
     }
     write_file(output / f"{name}.json", jsonfile.dump(record))
     release_snapshot(cache.storage, output, name)
+    _say_trained(report, snapshot.id)
+    say(f"train: policy {version} -> {policy.version}, {policy.path}")
+    return 0
+
+
+def _cache_to_train_on(root: str) -> Cache:
+    from stillroom.train.publish import check_publishable
+
+    check_publishable(Storage(root))
+    cache = Cache.open(root)
+    _newest(cache)
+    if not cache.commits().keys() - cache.retired():
+        do = "Run 'stillroom rollout' and 'stillroom score' first."
+        raise InputError(cache.storage.root, "scored parts to train on", "none", do)
+    return cache
+
+
+def _say_trained(report: "TrainReport", snapshot_id: str) -> None:
     loss = f", last loss {report.losses[-1]:.4f} nats a position" if report.losses else ""
     say(
         f"train: {report.steps:,} steps, {report.rows:,} rollouts, {report.positions:,} positions "
-        f"replayed from snapshot {snapshot.id} in {report.train_s:.1f} s{loss}"
+        f"replayed from snapshot {snapshot_id} in {report.train_s:.1f} s{loss}"
     )
-    say(f"train: policy {version} -> {policy.version}, {policy.path}")
-    return 0
+    pace, best = report.pace, report.held_out.get("best_reverse_kl_nats")
+    say(
+        f"train: {pace['tokens_per_s']:,.0f} tokens/s, {pace['waiting_share']:.1%} of the time "
+        f"waiting for data, in place of {pace['teacher_s_replayed']:.1f} s of the teacher"
+    )
+    if best is not None:
+        step = report.held_out["best_step"]
+        say(f"train: held-out reverse KL {best:.4f} nats at best, at step {step}")
+    if report.stopped:
+        say(f"train: stopped early: {report.stopped}")
 
 
 def run_rounds(job: RunConfig) -> int:

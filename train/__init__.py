@@ -4,15 +4,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stillroom.train.callbacks import Callback, StepOutcome
+    from stillroom.train.config import LoraSettings, ReplayConfig
     from stillroom.train.objectives import divergence
+    from stillroom.train.parallel import Parallel
+    from stillroom.train.replay_loss import ReplayLoss
+    from stillroom.train.step import backward
     from stillroom.train.target import TeacherTarget
     from stillroom.train.trainer import ReplayTrainer
 
-__all__ = ["ReplayTrainer", "TeacherTarget", "divergence"]
+__all__ = [
+    "Callback",
+    "LoraSettings",
+    "Parallel",
+    "ReplayConfig",
+    "ReplayLoss",
+    "ReplayTrainer",
+    "StepOutcome",
+    "TeacherTarget",
+    "backward",
+    "divergence",
+]
 
 _HOMES = {
+    "Callback": "stillroom.train.callbacks",
+    "LoraSettings": "stillroom.train.config",
+    "Parallel": "stillroom.train.parallel",
+    "ReplayConfig": "stillroom.train.config",
+    "ReplayLoss": "stillroom.train.replay_loss",
     "ReplayTrainer": "stillroom.train.trainer",
+    "StepOutcome": "stillroom.train.callbacks",
     "TeacherTarget": "stillroom.train.target",
+    "backward": "stillroom.train.step",
     "divergence": "stillroom.train.objectives",
 }
 

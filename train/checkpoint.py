@@ -1,23 +1,39 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped, written whole or not at
-all."""
+all. Every rank calls these functions; the first one writes and reads.
+
+A checkpoint does not depend on the number of ranks: a run can go on with another, on the same
+batches. A damaged one is passed over for the one before, which is said; it is never a silent start
+from the beginning.
+"""
 
 import shutil
+import sys
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 
 from stillroom.cache import jsonfile
-from stillroom.cache.errors import CorruptError, MissingError
+from stillroom.cache.errors import CorruptError, StorageError
 from stillroom.replay.state import snapshots_in
-from stillroom.train.durable import write_folder
+from stillroom.train.durable import fsync, write_folder
+from stillroom.train.full_state import (
+    fill_model,
+    fill_optimizer,
+    gather_model,
+    gather_optimizer,
+)
+from stillroom.train.random_state import random_state, set_random_state
+from stillroom.train.ranks import from_every_rank, from_first_rank, rank
 
-FILES = ("model.safetensors", "training.pt", "state.json")
+WEIGHTS, TRAINING, STATE = "model.safetensors", "training.pt", "state.json"
 COMPLETE = "complete.json"
 DAMAGED = "It is half written or damaged: delete it to resume from an older one."
+START_AGAIN = "Restore one, or delete all of them to start from the beginning."
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +41,15 @@ class Progressed:
     """Where a run stood."""
 
     step: int
-    """Optimiser steps taken."""
+    """Optimiser steps taken; trackers go on from it."""
     rows: int
     """Rows replayed."""
     positions: int
     """Scored tokens replayed."""
     stream: dict[str, Any]
     """State of the replay stream."""
-    drift: dict[str, dict[str, float]]
-    """Sums of drift since the last record, by policy version."""
+    callbacks: dict[str, dict[str, Any]]
+    """States of the callbacks, by their names."""
 
 
 def save_checkpoint(
@@ -44,25 +60,79 @@ def save_checkpoint(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     keep: int,
 ) -> None:
-    """Write `step-N` below root and drop all but the newest `keep`."""
+    """Write `step-N` below root, then drop all but the newest `keep`.
+
+    Args:
+        root: folder of the run's checkpoints.
+        progressed: where the run stands; rank 0's is written.
+        model: not a wrapper around it; its parameters may be sharded.
+        optimizer: of the model's parameters.
+        schedule: of the learning rate.
+        keep: at least 1.
+
+    Raises:
+        StorageError: it cannot be written; older ones are as they were.
+    """
+    weights, trained = gather_model(model), gather_optimizer(model, optimizer)
+    generators = from_every_rank(random_state())
 
     def fill(folder: Path) -> str:
-        save_model(model, str(folder / FILES[0]))
-        training = {
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-        torch.save(training, folder / FILES[1])
-        (folder / FILES[2]).write_bytes(jsonfile.dump(asdict(progressed)))
-        hashes = {name: _hash(folder / name) for name in FILES}
-        (folder / COMPLETE).write_bytes(jsonfile.dump(hashes))
+        save_file(weights, folder / WEIGHTS)
+        training = {"optimizer": trained, "schedule": schedule.state_dict(), "random": generators}
+        torch.save(training, folder / TRAINING)
+        (folder / STATE).write_bytes(jsonfile.dump(asdict(progressed)))
+        seal_folder(folder)
         return f"step-{progressed.step:08d}"
 
-    write_folder(root, fill)
-    for old in kept_checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
+    def write() -> None:
+        write_folder(root, fill)
+        for old in kept_checkpoints(root)[:-keep]:
+            shutil.rmtree(old)
+
+    from_first_rank(write)
+
+
+def load_checkpoint(
+    root: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> Progressed | None:
+    """Put the newest whole checkpoint below root into model, optimiser, schedule and generators.
+
+    Each rank's generators go on where they were; a rank that the run did not have keeps its own.
+
+    Returns:
+        Where the run stood; None if it has no checkpoint.
+
+    Raises:
+        CorruptError: there are checkpoints, and none is whole.
+        MismatchError: it is of another student, or was trained by another optimiser.
+        StorageError: it cannot be read.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    training: dict[str, Any] = {}
+
+    def read() -> tuple[Progressed, Any, Any] | None:
+        folder = newest_checkpoint(root)
+        if folder is None:
+            return None
+        progressed = read_progress(folder)
+        weights.update(load_file(folder / WEIGHTS))
+        training.update(torch.load(folder / TRAINING, weights_only=True, map_location="cpu"))
+        return progressed, training["schedule"], training["random"]
+
+    found = from_first_rank(read)
+    if found is None:
+        return None
+    progressed, schedule_state, generators = found
+    fill_model(model, weights)
+    fill_optimizer(model, optimizer, training.get("optimizer", {}))
+    schedule.load_state_dict(schedule_state)
+    if rank() < len(generators):
+        set_random_state(generators[rank()])
+    assert isinstance(progressed, Progressed)
+    return progressed
 
 
 def checkpoints_of(output: Path, run: str) -> Path:
@@ -71,39 +141,42 @@ def checkpoints_of(output: Path, run: str) -> Path:
 
 
 def kept_checkpoints(root: Path) -> list[Path]:
-    """Checkpoints below root, the newest last. Unfinished ones have other names."""
+    """Checkpoints below root, the newest last. Unfinished and damaged ones have other names."""
     return sorted(root.glob("step-*"))
 
 
 def newest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint below root, or None."""
-    found = kept_checkpoints(root)
-    return found[-1] if found else None
+    """The newest checkpoint below root that is whole, or None where there is none at all.
 
-
-def load_checkpoint(
-    folder: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-) -> Progressed:
-    """Put a checkpoint into model, optimiser, schedule and random generator.
+    Newer ones that are damaged get another name and are told of, and what a killed process left
+    unfinished is removed.
 
     Raises:
-        MissingError: there is no such folder.
-        CorruptError: it is half written, or a file's bytes are others.
+        CorruptError: there are checkpoints, and none is whole. All keep their names.
+        StorageError: one cannot be read.
     """
-    if not folder.is_dir():
-        raise MissingError(str(folder), "a checkpoint", "nothing", "Check the path.")
-    _check_whole(folder)
-    load_model(model, str(folder / FILES[0]))
-    training = torch.load(folder / FILES[1], weights_only=True)
-    optimizer.load_state_dict(training["optimizer"])
-    schedule.load_state_dict(training["schedule"])
-    torch.set_rng_state(training["rng"])
-    if len(training["cuda_rng"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(training["cuda_rng"])
-    return read_progress(folder)
+    damaged: list[tuple[Path, CorruptError]] = []
+    for folder in reversed(kept_checkpoints(root)):
+        try:
+            check_folder(folder)
+            read_progress(folder)
+        except CorruptError as error:
+            damaged.append((folder, error))
+        else:
+            break
+    else:
+        if not damaged:
+            return None
+        got = f"{len(damaged)} that are damaged: {damaged[0][1].got} in the newest"
+        raise CorruptError(str(root), "a whole checkpoint", got, START_AGAIN)
+    for bad, why in damaged:
+        aside = bad.rename(bad.with_name(f"damaged-{bad.name}-{uuid.uuid4().hex[:8]}"))
+        what = f"resuming from {folder.name}, as {bad.name} is damaged ({why.where}: {why.got})"
+        print(f"  checkpoints: {what}; it is now {aside}", file=sys.stderr, flush=True)
+    for unfinished in root.glob(".*.tmp"):
+        shutil.rmtree(unfinished)
+    fsync(root)
+    return folder
 
 
 def read_progress(folder: Path) -> Progressed:
@@ -112,7 +185,7 @@ def read_progress(folder: Path) -> Progressed:
     Raises:
         CorruptError: the file that says it is damaged.
     """
-    path = folder / FILES[2]
+    path = folder / STATE
     if not path.is_file():
         raise CorruptError(str(folder), "a whole checkpoint", f"no {path.name}", DAMAGED)
     state = jsonfile.load(path.read_bytes(), str(path))
@@ -126,14 +199,34 @@ def read_progress(folder: Path) -> Progressed:
     return progressed
 
 
-def _check_whole(folder: Path) -> None:
+def seal_folder(folder: Path) -> None:
+    """Write the hashes of a folder's files into it, as its last file."""
+    hashes = {path.name: _hash(path) for path in sorted(folder.iterdir())}
+    (folder / COMPLETE).write_bytes(jsonfile.dump_sealed(hashes))
+
+
+def check_folder(folder: Path) -> None:
+    """Verify a folder that was sealed.
+
+    Raises:
+        CorruptError: a file is missing, or has other bytes.
+        StorageError: it cannot be read.
+    """
     marker = folder / COMPLETE
-    hashes = jsonfile.load(marker.read_bytes(), str(marker)) if marker.is_file() else {}
-    for name in FILES:
-        found = _hash(folder / name) if (folder / name).is_file() else "no file"
-        if found != hashes.get(name):
-            got = f"{name} with {found} in place of {hashes.get(name)}"
-            raise CorruptError(str(folder), "a whole checkpoint", got, DAMAGED)
+    try:
+        if not marker.is_file():
+            raise CorruptError(str(folder), "a whole folder", f"no {COMPLETE}", DAMAGED)
+        for name, expected in jsonfile.load_sealed(marker.read_bytes(), str(marker)).items():
+            path = folder / name
+            found = _hash(path) if path.is_file() else "no file"
+            if found != expected:
+                got = f"{name} with {found} in place of {expected}"
+                raise CorruptError(str(folder), "a whole folder", got, DAMAGED)
+    except StorageError:
+        raise
+    except OSError as error:
+        do = "Make the folder readable."
+        raise StorageError(str(folder), "a folder that can be read", str(error), do) from error
 
 
 def _hash(path: Path) -> str:

@@ -1,82 +1,43 @@
-"""Drift: how far the student has moved from the policies that sampled what it trains on.
-
-With d = log s(y) - log b(y) on sampled tokens y (s the student now, b the behaviour policy) and r =
-exp(d):
-
-    k3  = mean(r - 1 - d), an unbiased estimate of KL(b, s), never negative ESS = (sum r)^2 / (n sum
-    r^2), the share of samples that importance weighting would leave; 1 without drift
+"""Drift: how far the student has moved from the policies that sampled what it trains on, and how
+much of what it says now the cache knows nothing of. Measured from what every step has anyway.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stillroom.cache import jsonfile
 from stillroom.cache.errors import CorruptError
 from stillroom.cache.storage import Storage
+from stillroom.train.callbacks import Callback, MicroOutcome, StepOutcome
+from stillroom.train.drift_sums import Sums, can_be
+from stillroom.train.ranks import from_every_rank, rank
 
-MAX_LOG_RATIO = 20.0
+if TYPE_CHECKING:
+    from stillroom.train.report import TrainReport
+    from stillroom.train.trainer import ReplayTrainer
+
 VERSION = re.compile(r"-1|0|[1-9][0-9]{0,9}")
 MAX_VERSION = 2**31 - 1
-ROUNDING = 1e-6
-"""Relative, of sums; far more than float64 loses over any run."""
 WHERE, DO = "drift in a checkpoint", "Delete the checkpoint to resume from an older one."
-
-
-@dataclass(slots=True)
-class Sums:
-    """Sums over the sampled tokens of one policy version."""
-
-    n: int = 0
-    log_ratio: float = 0.0
-    ratio: float = 0.0
-    ratio_squared: float = 0.0
-
-    def add(self, log_ratio: np.ndarray) -> None:
-        """Add tokens' d, in nats."""
-        clipped = np.clip(log_ratio.astype(np.float64), -MAX_LOG_RATIO, MAX_LOG_RATIO)
-        ratio = np.exp(clipped)
-        self.n += len(clipped)
-        self.log_ratio += float(clipped.sum())
-        self.ratio += float(ratio.sum())
-        self.ratio_squared += float((ratio**2).sum())
-
-    def summary(self) -> dict[str, float]:
-        """k3 in nats, ESS in (0, 1], and n."""
-        return {
-            "positions": self.n,
-            "k3_nats": (self.ratio - self.log_ratio) / self.n - 1,
-            "ess": self.ratio**2 / (self.n * self.ratio_squared),
-        }
 
 
 @dataclass(slots=True)
 class DriftMeter:
     """Drift by policy version, since the last record."""
 
-    policy_version: int
-    """The policy that is being trained from; lag is counted from it."""
     by_policy: dict[int, Sums] = field(default_factory=dict)
 
-    def add(
-        self, student_logprob: np.ndarray, behaviour_logprob: np.ndarray, policy_version: np.ndarray
-    ) -> None:
-        """Add sampled tokens; those whose behaviour logprob is unknown are left out.
-
-        Args:
-            student_logprob: (P,) nats, at the temperature of the sampling.
-            behaviour_logprob: (P,) nats; NaN where unknown.
-            policy_version: (P,) int.
-        """
-        log_ratio = student_logprob - behaviour_logprob
-        for version in np.unique(policy_version):
-            chosen = log_ratio[(policy_version == version) & ~np.isnan(log_ratio)]
-            if len(chosen):
-                self.by_policy.setdefault(int(version), Sums()).add(chosen)
+    def add(self, outcome: MicroOutcome) -> None:
+        """Add a micro-batch, scored positions (P,); where the behaviour logprob is unknown they
+        count for coverage alone."""
+        versions = outcome.policy_version
+        for version in np.unique(versions):
+            sums = self.by_policy.setdefault(int(version), Sums())
+            sums.add(outcome, versions == version)
 
     def merge(self, by_rank: Sequence[Mapping[int, Sums]]) -> None:
         """Replace the sums by those of all ranks together."""
@@ -99,18 +60,95 @@ class DriftMeter:
         """
         self.by_policy = {_version(name): _sums(name, sums) for name, sums in state.items()}
 
-    def take(self) -> dict[str, Any]:
-        """Summary by policy version, with its lag in policies (None where the version is unknown);
-        starts anew."""
+    def take(self, policy_version: int) -> dict[str, Any]:
+        """Summary by policy version; starts anew.
+
+        Args:
+            policy_version: the policy that is being trained from, -1 if it is none of the cache's.
+                Lag is counted from it; None where either version is unknown.
+        """
+        unknown = policy_version < 0
         out = {
             str(version): {
                 **sums.summary(),
-                "lag": None if version < 0 else self.policy_version - version,
+                "lag": None if unknown or version < 0 else policy_version - version,
             }
             for version, sums in sorted(self.by_policy.items())
         }
         self.by_policy = {}
         return out
+
+
+class DriftCallback(Callback):
+    """Measures drift of every step; every `drift_every_steps` and at the end it is put into the
+    cache's `drift/`, told to the trackers, and kept for the report.
+
+    Rows of other caches and of datasets, which no policy of this cache sampled, are not measured.
+    Every rank adds up its own positions. With a checkpoint rank 0 takes over the sums of all, so
+    that a resumed run goes on with what an unbroken one has.
+    """
+
+    name = "drift"
+
+    def __init__(self) -> None:
+        """Start at nothing."""
+        self._meter = DriftMeter()
+        self._last: dict[str, Any] = {}
+
+    def on_step(self, trainer: "ReplayTrainer", outcome: StepOutcome) -> None:
+        """Add the step; record what is due."""
+        for micro in outcome.micro if outcome.replayed else ():
+            self._meter.add(micro)
+        if outcome.step % trainer.config.drift_every_steps == 0:
+            self._record(trainer, outcome.step)
+
+    def on_end(self, trainer: "ReplayTrainer", report: "TrainReport") -> None:
+        """Record what is left."""
+        if trainer.step % trainer.config.drift_every_steps:
+            self._record(trainer, trainer.step)
+        report.drift = self._last
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of all ranks, which all of them must ask for; from then on rank 0's."""
+        self._gather()
+        return {"sums": self._meter.state(), "last": self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with them, on rank 0.
+
+        Raises:
+            CorruptError: they are not sums by policy version.
+        """
+        if state.keys() != {"sums", "last"} or not all(map(_is_plain, state.values())):
+            raise CorruptError(WHERE, "sums, and the last record", f"{state!r:.80}", DO)
+        self._meter.restore(state["sums"] if rank() == 0 else {})
+        self._last = state["last"]
+
+    def _gather(self) -> None:
+        gathered = from_every_rank(self._meter.by_policy)
+        self._meter.merge(gathered if rank() == 0 else [])
+
+    def _record(self, trainer: "ReplayTrainer", step: int) -> None:
+        self._gather()
+        taken = self._meter.take(trainer.policy_version)
+        if trainer.is_main:
+            self._last = taken
+            put_drift(trainer.cache.storage, trainer.run, step, taken)
+            trainer.log(_figures(taken))
+
+
+def _figures(by_policy: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """What trackers get: `drift/<measure>/v<policy>`."""
+    return {
+        f"drift/{name}/v{version}": float(value)
+        for version, measures in by_policy.items()
+        for name, value in measures.items()
+        if value is not None
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(inner, dict) for inner in value.values())
 
 
 def _version(name: str) -> int:
@@ -122,21 +160,9 @@ def _version(name: str) -> int:
 def _sums(name: str, value: Mapping[str, Any]) -> Sums:
     where = f"{WHERE}, policy {name}"
     sums: Sums = jsonfile.build(Sums, dict(value), where)
-    if not _can_be(sums):
+    if not can_be(sums):
         raise CorruptError(where, "sums over some tokens", f"{sums}", DO)
     return sums
-
-
-def _can_be(sums: Sums) -> bool:
-    """Whether some tokens have these sums, up to rounding: each d is bounded, exp of the mean d is
-    at most the mean ratio (Jensen), and its square at most the mean square (Cauchy-Schwarz)."""
-    n, up, down = sums.n, 1 + ROUNDING, 1 - ROUNDING
-    if n < 1 or not abs(sums.log_ratio) <= up * n * MAX_LOG_RATIO:
-        return False
-    if not 0 <= sums.ratio_squared <= up * n * math.exp(2 * MAX_LOG_RATIO):
-        return False
-    least, most = math.exp(sums.log_ratio / n), math.sqrt(sums.ratio_squared / n)
-    return down * least <= sums.ratio / n <= up * most
 
 
 def put_drift(storage: Storage, run: str, step: int, drift: dict[str, Any]) -> None:

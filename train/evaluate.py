@@ -1,26 +1,35 @@
 """Held-out measurement: how far a student is from the teacher on scored text, without training on
-it."""
+it. Logits are held for a few positions at a time."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 
+from stillroom.cache.identity import Identity
 from stillroom.cache.schema import SOURCES
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
-from stillroom.replay.batch import Batch
+from stillroom.replay.batch import Batch, MicroBatch, idle_micro_batch
 from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.row_filter import RowFilter
 from stillroom.replay.selection import select
 from stillroom.replay.stream import ReplayStream
 from stillroom.train.hidden_kl import hidden_kl_bound
-from stillroom.train.objectives import divergence, student_bucket_logprob
+from stillroom.train.logit_chunks import logit_chunks
+from stillroom.train.objectives import kl_terms
+from stillroom.train.output_head import OutputHead
+from stillroom.train.parallel import Parallel
+from stillroom.train.ranks import from_every_rank
 from stillroom.train.student import Student, to_target
-from stillroom.train.target import teacher_buckets
+from stillroom.train.student_buckets import masses
+from stillroom.train.target import TeacherTarget, teacher_buckets
+
+COPIES = 8
+"""Of a chunk's logits, at most, that measuring it holds at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +49,9 @@ class Measured:
     """The most by which the full-vocabulary forward KL can exceed `forward_kl_nats`."""
 
 
+FIGURES = tuple(field.name for field in fields(Measured))[1:]
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """What was measured, and on how much of the text."""
@@ -53,55 +65,103 @@ class Evaluation:
     truncated: int
     """Measured rows that lost their last tokens."""
 
+    @property
+    def reverse_kl_nats(self) -> float:
+        """Mean of the reverse KL over all positions, whatever their source."""
+        measured = self.sources.values()
+        total = sum(one.positions * one.reverse_kl_nats for one in measured)
+        return total / sum(one.positions for one in measured)
+
 
 @torch.no_grad()
 def evaluate(
-    student: Student, cache: Cache, snapshot: Snapshot, replay: StreamConfig
+    student: Student,
+    cache: Cache,
+    snapshot: Snapshot,
+    replay: StreamConfig,
+    *,
+    parallel: Parallel | None = None,
+    max_bytes: int = 1 << 28,
 ) -> Evaluation:
     """Measure a student on a snapshot, by the source of its text.
 
     Args:
-        student: in any mode; put into eval mode here.
+        student: in any mode, which it has again afterwards; measured in eval mode.
         cache: the cache of held-out text.
         snapshot: which shards.
         replay: sizes of batches, and what happens to rows that are longer than a micro-batch.
+        parallel: what the student is trained with, where it is: each rank measures its share, and
+            all get the whole; every rank calls this. None: this process measures all.
+        max_bytes: memory beyond the hidden states.
 
     Raises:
         InputError: no row is left, or one is too long and is not to be skipped or truncated.
     """
-    student.eval()
     limit, over_long = replay.max_tokens, replay.over_long
     selection = select(cache, snapshot, RowFilter(), max_tokens=limit, over_long=over_long)
-    values, sources = [], []
-    for batch in _all_steps(student, cache, snapshot, replay, len(selection.rows)):
+    rank, world = (0, 1) if parallel is None else (parallel.rank, parallel.world)
+    sums = np.zeros((len(SOURCES), 1 + len(FIGURES)))
+    was_training = student.training
+    student.eval()
+    for batch in _all_steps(student, cache, snapshot, replay, len(selection.rows), rank, world):
         for micro in batch.micro_batches:
-            assert micro is not None
-            logits = student(micro)
-            target = to_target(micro, logits.device)
-            temperature, vocab_size = cache.identity.temperature, cache.identity.vocab_size
-            forward, reverse = (
-                divergence(logits, target, kind, temperature=temperature, vocab_size=vocab_size)
-                for kind in ("forward", "reverse")
-            )
-            buckets = teacher_buckets(target, vocab_size)
-            scaled = logits[:, :vocab_size].float() / temperature
-            tail = student_bucket_logprob(scaled, buckets)[:, -1].exp()
-            teacher_tail = buckets.logprob[:, -1].exp().float()
-            figures = [forward, reverse, teacher_tail, tail, hidden_kl_bound(scaled, buckets)]
-            values.append(torch.stack(figures, dim=1).cpu().numpy())
-            sources.append(micro.source)
-    value, source = np.concatenate(values).astype(np.float64), np.concatenate(sources)
+            arguments = student, micro, cache.identity, max_bytes // COPIES
+            found = _figures(*arguments) if parallel is None else parallel.run(_figures, *arguments)
+            if micro is not None:
+                ones = torch.ones(len(found), 1, dtype=torch.float64)
+                counted = torch.cat([ones, found.double().cpu()], dim=1).numpy()
+                np.add.at(sums, micro.source, counted)
+    student.train(was_training)
+    total = sum(from_every_rank(sums)) if parallel is not None else sums
     means = {
-        SOURCES[code]: Measured(
-            int((source == code).sum()), *map(float, value[source == code].mean(0))
-        )
-        for code in np.unique(source)
+        name: Measured(int(row[0]), *map(float, row[1:] / row[0]))
+        for name, row in zip(SOURCES, total, strict=True)
+        if row[0]
     }
     return Evaluation(means, len(selection.rows), selection.left_out, selection.truncated)
 
 
+def _figures(
+    student: Student, micro: MicroBatch | None, identity: Identity, max_bytes: int
+) -> torch.Tensor:
+    """(P, FIGURES) of a micro-batch; an idle one only keeps step with other ranks."""
+    batch = idle_micro_batch() if micro is None else micro
+    hidden = student.hidden(batch)
+    target = to_target(batch, hidden.device, extras=identity.extra_kind == "student")
+    found = hidden.new_zeros(len(hidden), len(FIGURES), dtype=torch.float32)
+    if micro is None:
+        return found
+    head, vocab_size = OutputHead.of(student.model), identity.vocab_size
+    for rows, logits in logit_chunks(
+        head, hidden, max_bytes, temperature=identity.temperature, vocab_size=vocab_size
+    ):
+        found[rows] = _compare(logits, target.slice(rows.start, rows.stop), vocab_size)
+    return found
+
+
+def _compare(logits: torch.Tensor, target: TeacherTarget, vocab_size: int) -> torch.Tensor:
+    """(n, FIGURES) of logits (n, V) over the temperature."""
+    buckets = teacher_buckets(target, vocab_size)
+    both = masses(logits, buckets, 1.0)
+    floored = teacher_buckets(target, vocab_size, floor_tail=True).logprob[both.row]
+    compared = (
+        kl_terms(both.teacher, both.student).sum(1),
+        kl_terms(both.student, floored.to(both.student.dtype)).sum(1),
+        both.teacher[:, -1].exp(),
+        both.student[:, -1].exp(),
+    )
+    spread = [both.spread(one, len(logits)) for one in compared]
+    return torch.stack([*spread, hidden_kl_bound(logits, buckets)], dim=1).float()
+
+
 def _all_steps(
-    student: Student, cache: Cache, snapshot: Snapshot, replay: StreamConfig, rows: int
+    student: Student,
+    cache: Cache,
+    snapshot: Snapshot,
+    replay: StreamConfig,
+    rows: int,
+    rank: int,
+    world: int,
 ) -> Iterator[Batch]:
     config = StreamConfig(
         batch_rows=min(replay.batch_rows, rows),
@@ -113,7 +173,8 @@ def _all_steps(
         ahead_bytes=replay.ahead_bytes,
         threads=replay.threads,
     )
-    with ReplayStream(Source(cache, snapshot), config, one_row=not student.packs) as stream:
+    source, one_row = Source(cache, snapshot), not student.packs
+    with ReplayStream(source, config, rank=rank, world=world, one_row=one_row) as stream:
         for _ in range(stream.steps_per_epoch):
             yield stream.next_batch()
 

@@ -40,7 +40,7 @@ def hidden_kl_bound(logits: Tensor, buckets: TeacherBuckets) -> Tensor:
     cross_entropy = lse - logits.masked_fill(inside, math.inf).amin(1)
     tail = buckets.logprob[:, -1]
     entries = buckets.logprob[:, :-1].masked_fill(~buckets.exists[:, :-1], math.inf)
-    entries[:, -1] = math.inf  # the sampled token is no entry
+    entries[:, buckets.num_kept :] = math.inf  # neither the sampled token nor extras are entries
     least = entries.amin(1) * (1 - ENTRY_ROUNDING)
     entropy = (tail - least).clamp(min=0).to(logits.dtype)
     bound = tail.exp().to(logits.dtype) * (cross_entropy - entropy).clamp(min=0)

@@ -56,7 +56,7 @@ class Objective:
     clip_range: float | None = None
     """For policy gradients: the PPO clip epsilon, > 0; None clips nothing."""
     baseline: bool = False
-    """For policy gradients: take off the advantage minus the bucketed reverse KL, which lowers the
+    """For policy gradients: add the bucketed reverse KL to the advantage, which mostly lowers the
     variance and, with full weights, adds no bias."""
     cross_entropy: float = 0.0
     """Share of cross-entropy on the sampled token, the rest being the kind's loss; 0 to 1. Its mean

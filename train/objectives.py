@@ -8,20 +8,33 @@ cache covers the vocabulary.
 These functions hold several (T, V) tensors and let autograd find the gradient. Nothing is clamped.
 """
 
-# Shapes: T positions, K kept teacher entries, N scored positions, V vocabulary.
+# Shapes: T positions, N scored positions, V vocabulary, B single-token buckets of a position.
 # Row t of the logits is the distribution of the token that row t of the target scores.
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from stillroom.cache.errors import ConfigError, ShapeError
-from stillroom.train.target import TeacherBuckets, TeacherTarget, teacher_buckets
+from stillroom.cache.errors import ConfigError, MismatchError, ShapeError
+from stillroom.train.objective import DIVERGENCES, PARAMETERS, Objective
+from stillroom.train.student_buckets import (
+    logsumexp,
+    masses,
+    student_bucket_logprob,
+    token_logprob,
+    true_columns,
+)
+from stillroom.train.target import TeacherTarget, teacher_buckets
 
-KINDS = ("forward", "reverse", "jsd")
-MODES = ("tail",)
+__all__ = [
+    "cross_entropy",
+    "divergence",
+    "kl_terms",
+    "sampled_logprob",
+    "student_bucket_logprob",
+    "token_mean",
+]
 
 
 def divergence(
@@ -36,17 +49,29 @@ def divergence(
 ) -> Tensor:
     """Divergence between teacher t and student s over buckets b, per position.
 
-        forward:  sum_b t_b (log t_b - log s_b)
-        reverse:  sum_b s_b (log s_b - log t_b), the teacher's tail taken to be at least 1e-8
-        jsd:      beta KL(t || m) + (1 - beta) KL(s || m),  m = beta t + (1 - beta) s
+        forward:       KL(t || s) = sum_b t_b (log t_b - log s_b)
+        reverse:       KL(s || t)
+        jsd:           beta KL(t || m) + (1 - beta) KL(s || m),  m = beta t + (1 - beta) s
+        skew:          KL(t || m),  m = alpha t + (1 - alpha) s
+        skew_reverse:  KL(s || m),  m = (1 - alpha) t + alpha s
+        mixed:         forward_weight KL(t || s) + (1 - forward_weight) KL(s || t)
+
+    Where the teacher's tail is a denominator (reverse, and mixed unless forward_weight is 1) it is
+    taken to be at least 1e-8. Modes say what becomes of the tail:
+
+        tail:       one bucket more
+        renorm:     left out, both sides scaled to sum to 1 without it
+        zero_tail:  left out, the teacher alone scaled to sum to 1 (forward only)
+        truncated:  left out of the sum, nothing scaled (forward only); may be negative
 
     Args:
         student_logits: (T, V) float, before temperature; half precision is computed in float32. May
             have more columns than the vocabulary (a padded head).
         target: teacher values at the temperature given here; a target cannot be re-tempered.
-        kind: "forward", "reverse" or "jsd".
-        param: for "jsd" beta, the teacher's weight, in (0, 1); None for the others.
-        mode: "tail", what becomes of the teacher mass outside the cached tokens: a bucket.
+        kind: one of `DIVERGENCES` of `stillroom.train.objective`.
+        param: beta, alpha or forward_weight, of kinds that have one; beta and alpha in (0, 1),
+            forward_weight in [0, 1].
+        mode: "tail", "renorm", "zero_tail" or "truncated".
         temperature: divides the logits, > 0. Gradients carry 1 / temperature; multiplying
             the loss by its square is the caller's choice.
         vocab_size: V without padding; columns from there on take no part. None: all columns.
@@ -57,44 +82,62 @@ def divergence(
         those of a row in which the teacher scored no token.
 
     Raises:
-        ConfigError: if a setting is unknown or out of range.
+        ConfigError: if a setting is unknown, out of range, or does not go with another.
         ShapeError: if logits and target disagree.
         StillroomError: if a scored row of the target is unusable, see `teacher_buckets`.
 
-    Source: generalized JSD as in Agarwal et al., arXiv 2306.13649. Checked against enumerated
-    buckets and the full-vocabulary divergence in tests/train/test_objectives.py.
+    Source: generalized JSD as in Agarwal et al., arXiv 2306.13649; skew divergences as in Ko et
+    al., arXiv 2402.03898. Checked against enumerated buckets and the full-vocabulary divergence in
+    tests/train/test_objectives.py.
     """
-    terms = _terms(kind, param, mode)
-    logits = _true_columns(student_logits, target.sampled_id, temperature, vocab_size)
-    buckets = teacher_buckets(target, logits.shape[1], floor_tail=kind == "reverse")
-    scored = buckets.exists[:, :-1].any(1).nonzero().squeeze(1)
-    student = student_bucket_logprob(_widen(logits[scored]) / temperature, buckets.select(scored))
-    loss = terms(buckets.logprob[scored].to(student.dtype), student).sum(1)
-    return loss.new_zeros(len(target)).index_copy(0, scored, loss)
+    _check_settings(kind, param, mode)
+    logits = true_columns(student_logits, len(target), temperature, vocab_size)
+    divides = kind == "reverse" or (kind == "mixed" and param != 1)
+    buckets = teacher_buckets(target, logits.shape[1], floor_tail=divides and mode == "tail")
+    both = masses(logits, buckets, temperature)
+    t, s = _in_mode(both.teacher, both.student, mode)
+    return both.spread(_terms(t, s, kind, param).sum(1), len(target))
 
 
-def student_bucket_logprob(logits: Tensor, buckets: TeacherBuckets) -> Tensor:
-    """Log of the student's mass in each bucket of the teacher.
-
-    The tail is summed over its own logits. One minus the other masses would lose all digits
-    in float32 once the tail is below 1e-6, which is where its gradient matters.
+def cross_entropy(
+    student_logits: Tensor,
+    target: TeacherTarget,
+    temperature: float = 1.0,
+    *,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Minus the student's logprob of the token that was sampled, `-log s_y`, per position.
 
     Args:
-        logits: (N, V) float32 or float64, already divided by the temperature.
-        buckets: of the same N positions and the same V.
+        student_logits: (T, V) float, before temperature.
+        target: only its sampled ids and mask are read.
+        temperature: divides the logits, > 0.
+        vocab_size: V without padding of the output head. None: all columns.
 
     Returns:
-        (N, K + 2) nats; -inf where a bucket does not exist. Sums to 1 in probability.
+        (T,) float32 (float64 for float64 logits), nats; masked positions are never read, and 0.
+
+    Raises:
+        ConfigError: if the temperature is out of range.
+        ShapeError: if logits and target disagree.
+        MismatchError: if the id of a scored position is not below V.
     """
-    num_rows, vocab_size = logits.shape
-    logits = logits - logits.detach().amax(1, keepdim=True)
-    in_support = buckets.exists.new_zeros(num_rows, vocab_size + 1)
-    in_support = in_support.scatter(1, buckets.token_id, True)[:, :vocab_size]
-    tail_lse = _logsumexp(logits.masked_fill(in_support, -math.inf))
-    support = logits.gather(1, buckets.token_id.clamp(max=vocab_size - 1))
-    support = support.masked_fill(~buckets.exists[:, :-1], -math.inf)
-    unnormalised = torch.cat([support, tail_lse[:, None]], dim=1)
-    return unnormalised - _logsumexp(unnormalised)[:, None]
+    logits = true_columns(student_logits, len(target), temperature, vocab_size)
+    token_id, num_ids = target.sampled_id, logits.shape[1]
+    outside = target.mask & ((token_id < 0) | (token_id >= num_ids))
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        do = "Use the cache's vocabulary size, and mask positions that have no token."
+        expected, got = f"sampled ids in 0 to {num_ids - 1}", str(int(token_id[row]))
+        raise MismatchError(f"TeacherTarget row {row}", expected, got, do)
+    return -token_logprob(logits, token_id[:, None], target.mask[:, None], temperature).squeeze(1)
+
+
+def kl_terms(p: Tensor, q: Tensor) -> Tensor:
+    """Return exp(p) (p - q); where p is -inf exactly 0, with gradient 0, whatever q is."""
+    live = p > -math.inf
+    p, q = torch.where(live, p, 0.0), torch.where(live, q, 0.0)
+    return torch.where(live, p.exp() * (p - q), 0.0)
 
 
 def token_mean(loss: Tensor, mask: Tensor, num_tokens: int) -> Tensor:
@@ -153,80 +196,54 @@ def sampled_logprob(
         ConfigError: if a setting is out of range.
         ShapeError: if logits and ids disagree.
     """
-    logits = _true_columns(student_logits, sampled_id, temperature, vocab_size)
-    outside = (sampled_id < 0) | (sampled_id >= logits.shape[1])
-    logprob = (_widen(logits) / temperature).log_softmax(1)
-    picked = logprob.gather(1, sampled_id.masked_fill(outside, 0)[:, None]).squeeze(1)
-    return picked.masked_fill(outside, math.nan)
+    logits = true_columns(student_logits, len(sampled_id), temperature, vocab_size)
+    inside = (sampled_id >= 0) & (sampled_id < logits.shape[1])
+    picked = token_logprob(logits, sampled_id[:, None], inside[:, None], temperature).squeeze(1)
+    return picked.masked_fill(~inside, math.nan)
 
 
-def _terms(kind: str, param: float | None, mode: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function of log masses t, s (both (N, K + 2)) whose sum over dim 1 is the loss."""
-    if mode not in MODES:
-        do = "Leave mode at 'tail': it keeps the mass outside the cached tokens as one bucket."
-        raise ConfigError("divergence mode", _one_of(MODES), repr(mode), do)
-    if kind not in KINDS:
-        raise ConfigError("divergence kind", _one_of(KINDS), repr(kind), "Choose one of them.")
-    if kind == "jsd":
-        beta = _check_beta(param)
-        return lambda t, s: _jsd_terms(t, s, beta)
-    if param is not None:
-        do = "Leave it out, or choose kind='jsd'."
+def _check_settings(kind: str, param: float | None, mode: str) -> None:
+    """Refuse what `Objective` refuses, and the kinds that are not divergences."""
+    if kind not in DIVERGENCES:
+        do = "Choose one of them; estimators are in stillroom.train.estimators."
+        raise ConfigError("divergence kind", f"one of {DIVERGENCES}", repr(kind), do)
+    if param is not None and kind not in PARAMETERS:
+        do = f"Leave it out, or choose {' or '.join(PARAMETERS)}."
         raise ConfigError(f"divergence param of kind {kind!r}", "None", repr(param), do)
+    parameter = {PARAMETERS[kind]: param} if kind in PARAMETERS else {}
+    Objective(kind=kind, mode=mode, **parameter)  # type: ignore[arg-type]
+
+
+def _in_mode(t: Tensor, s: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """Return the log masses (N, B + 1) or, without the tail, (N, B) that a mode compares."""
+    if mode == "tail":
+        return t, s
+    t, s = t[:, :-1], s[:, :-1]
+    if mode != "truncated":
+        t = t - logsumexp(t)[:, None]
+    if mode == "renorm":
+        s = s - logsumexp(s)[:, None]
+    return t, s
+
+
+def _terms(t: Tensor, s: Tensor, kind: str, param: float | None) -> Tensor:
+    """Return what each bucket adds to the divergence, (N, buckets), of log masses t and s."""
     if kind == "forward":
-        return _kl_terms
-    return lambda t, s: _kl_terms(s, t)
+        return kl_terms(t, s)
+    if kind == "reverse":
+        return kl_terms(s, t)
+    assert param is not None
+    if kind == "jsd":
+        m = _mixture(t, s, param)
+        return param * kl_terms(t, m) + (1.0 - param) * kl_terms(s, m)
+    if kind == "skew":
+        return kl_terms(t, _mixture(t, s, param))
+    if kind == "skew_reverse":
+        return kl_terms(s, _mixture(s, t, param))
+    weighted = [(param, t, s), (1.0 - param, s, t)]
+    return sum((w * kl_terms(p, q) for w, p, q in weighted if w > 0), torch.zeros_like(t))
 
 
-def _check_beta(param: float | None) -> float:
-    if param is None or not 0.0 < param < 1.0:
-        expected = "beta, the teacher's weight, inside (0, 1)"
-        do = "At 0 and 1 it is 0 for any student; use kind='forward' or kind='reverse' instead."
-        raise ConfigError("divergence param of kind 'jsd'", expected, repr(param), do)
-    return param
-
-
-def _kl_terms(p: Tensor, q: Tensor) -> Tensor:
-    """Return exp(p) (p - q); where p is -inf exactly 0, with gradient 0, whatever q is."""
-    live = p > -math.inf
-    p, q = torch.where(live, p, 0.0), torch.where(live, q, 0.0)
-    return torch.where(live, p.exp() * (p - q), 0.0)
-
-
-def _jsd_terms(t: Tensor, s: Tensor, beta: float) -> Tensor:
-    mixed = _logsumexp(torch.stack([t + math.log(beta), s + math.log1p(-beta)], dim=-1))
-    return beta * _kl_terms(t, mixed) + (1.0 - beta) * _kl_terms(s, mixed)
-
-
-def _logsumexp(x: Tensor) -> Tensor:
-    """Return logsumexp over the last dim; where all are -inf, -inf with gradient 0, not NaN."""
-    top = x.detach().amax(-1, keepdim=True)
-    top = torch.where(top > -math.inf, top, 0.0)
-    total = (x - top).exp().sum(-1)
-    empty = total == 0
-    return torch.where(empty, -math.inf, torch.where(empty, 1.0, total).log() + top.squeeze(-1))
-
-
-def _widen(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _true_columns(
-    student_logits: Tensor, sampled_id: Tensor, temperature: float, vocab_size: int | None
-) -> Tensor:
-    """Check logits (T, V or more) and temperature, and drop the columns of a padded head."""
-    if not 0.0 < temperature < math.inf:
-        do = "Use the temperature of the cache."
-        raise ConfigError("temperature", "a finite number above 0", repr(temperature), do)
-    shape = tuple(student_logits.shape)
-    if len(shape) != 2 or shape[:1] != tuple(sampled_id.shape):
-        do = "Flatten batch and time, and drop the logits that predict no scored token."
-        raise ShapeError("student_logits", f"shape ({sampled_id.shape[0]}, V)", str(shape), do)
-    if vocab_size is not None and not 0 < vocab_size <= shape[1]:
-        do = "Use the vocabulary size of the cache's identity."
-        raise ShapeError("student_logits", f"at least {vocab_size} columns", str(shape), do)
-    return student_logits[:, :vocab_size]
-
-
-def _one_of(names: tuple[str, ...]) -> str:
-    return " or ".join(repr(name) for name in names)
+def _mixture(p: Tensor, q: Tensor, weight: float) -> Tensor:
+    """Return the log masses of `weight` p + (1 - `weight`) q."""
+    return logsumexp(torch.stack([p + math.log(weight), q + math.log1p(-weight)], dim=-1))

@@ -29,6 +29,7 @@ from stillroom.train.preflight import (
     check_machine,
     check_models,
     check_output,
+    check_phases,
     check_root,
     check_teacher,
     describe_prompts,
@@ -104,6 +105,7 @@ class Pipeline:
     def _check_inputs(self) -> None:
         """The checks that load models and prompts; skipped when all is done."""
         check_machine(self._config)
+        check_phases(self._config, self._models)
         for source, prompts in zip(
             (self._config.prompts, self._config.held_out), self._loaded, strict=True
         ):
@@ -177,7 +179,13 @@ class Pipeline:
         run = f"{self.name}-{version:06d}"
         snapshot = snapshot_for(self._cache, self._output, run)
         trainer = ReplayTrainer(
-            files, version, self._cache, snapshot, self._config.train, self._output, run
+            files,
+            self._cache,
+            self._config.train,
+            snapshot=snapshot,
+            policy_version=version,
+            output=self._output,
+            run=run,
         )
         report = trainer.train()
         publish(
@@ -186,7 +194,9 @@ class Pipeline:
             files,
             version=version + 1,
             run=self.name,
-            step=report.steps,
+            step=report.student_step,
+            state=trainer.parallel.full_state_dict(),
+            adapter=self._config.train.publishes_adapter,
         )
         release_snapshot(self._cache.storage, self._output, run)
         values = {

@@ -1,6 +1,6 @@
 """What `run` checks before it writes anything: models, tokenizers, settings, prompts, the root."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +116,30 @@ def check_machine(config: RunConfig) -> None:
         ConfigError: names the setting.
     """
     from stillroom.cache.causal_lm import pick_device
-    from stillroom.train.trainer import check_trainable
+    from stillroom.train.optimizer import check_trainable
 
     for device in (config.teacher.device, config.sampler.device, config.train.device):
         pick_device(device)
     check_trainable(config.train)
+
+
+def check_phases(config: RunConfig, models: Models) -> None:
+    """Refuse phases on datasets that cannot be used, and on caches that the student does not fit.
+
+    Raises:
+        MissingError: a file or a cache is not there.
+        InputError: a dataset cannot be used.
+        MismatchError: a cache has another tokenizer.
+    """
+    from stillroom.train.fits import check_fits
+    from stillroom.train.open_phases import load_rows
+
+    for phase in config.train.phases:
+        if phase.supervised is not None:
+            load_rows(phase.supervised, models.student)
+        elif phase.root is not None:
+            any_temperature = replace(config.train, temperature=None)
+            check_fits(models.student, Cache.open(phase.root), any_temperature)
 
 
 def check_teacher(teacher: Teacher, identity: Identity) -> None:

@@ -102,6 +102,9 @@ def _convert(hint: Any, value: Any, where: str, absent: Any) -> Any:
     if typing.get_origin(hint) is dict:
         return _convert_mapping(typing.get_args(hint), value, where, absent)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    nested = [kind for kind in allowed if dataclasses.is_dataclass(kind)]
+    if nested and value is not None:
+        return _convert(nested[0], value, where, absent)
     if float in allowed and isinstance(value, str):
         value = _number(value)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):

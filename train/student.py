@@ -1,21 +1,34 @@
-"""The student: a causal language model that reads packed micro-batches and gives logits at scored
-positions only.
+"""The student: a causal language model that reads packed micro-batches and gives hidden states, or
+logits, at scored positions only.
 
-Shapes: T tokens, P scored positions, H hidden, V logit width, R segments.
+Shapes: T tokens, P scored positions, M extra ids, H hidden, V logit width, R segments.
 """
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from stillroom.cache.causal_lm import head_logits, load_causal_lm, trunk
 from stillroom.cache.errors import ShapeError
 from stillroom.cache.fingerprint import ModelFiles
 from stillroom.replay.batch import MicroBatch
 from stillroom.replay.pinned import on_device
-from stillroom.train.attention import NAME
+from stillroom.train.attention import NAME, row_attention
+from stillroom.train.config import ReplayConfig
 from stillroom.train.packed_forward import packed_hidden, why_not_packed
+from stillroom.train.parallel import decoder_layers
 from stillroom.train.segments import Segments
 from stillroom.train.target import TeacherTarget
+
+SCORES = (
+    "topk_id",
+    "topk_logprob",
+    "tail_logprob",
+    "sampled_id",
+    "sampled_logprob",
+    "behaviour_logprob",
+    "sampling_temperature",
+)
+EXTRAS = ("extra_id", "extra_logprob", "extra_behaviour_logprob")
 
 
 class Student(torch.nn.Module):
@@ -46,8 +59,8 @@ class Student(torch.nn.Module):
         """Whether it takes rows that share a prompt."""
         return not self.why_unshared
 
-    def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """(P, V) logits of the scored positions of a micro-batch.
+    def hidden(self, batch: MicroBatch) -> torch.Tensor:
+        """(P, H) last hidden states that predict the scored positions of a micro-batch.
 
         Raises:
             ShapeError: several rows, or a shared prompt, for a student that does not take them.
@@ -61,7 +74,15 @@ class Student(torch.nn.Module):
             hidden = packed_hidden(self.model, token, position, segments)
         else:
             hidden = trunk(self.model, token[None])[0]
-        return head_logits(self.model, hidden[on_device(batch.predict_index, device)])
+        return hidden[on_device(batch.predict_index, device)]
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """(P, V) logits of the scored positions of a micro-batch, all at once.
+
+        Raises:
+            ShapeError: as `hidden`.
+        """
+        return head_logits(self.model, self.hidden(batch))
 
     def _check(self, batch: MicroBatch) -> None:
         if not self.packs and len(batch.prefix) > 1:
@@ -88,23 +109,55 @@ def load_student(files: ModelFiles, dtype: str, device: torch.device) -> Student
     return student
 
 
-def to_target(batch: MicroBatch, device: torch.device) -> TeacherTarget:
+def load_trainable(files: ModelFiles, config: ReplayConfig, device: torch.device) -> Student:
+    """Load a student to be trained: in float32, with adapters, recomputed activations and compiled
+    layers where the settings say so.
+
+    Raises:
+        InputError: the folder cannot be used, or there are no layers to compile.
+        ConfigError: there are no such layers for adapters.
+    """
+    student = load_student(files, "float32", device)
+    model = student.model
+    if config.lora is not None:
+        from stillroom.train.lora import add_lora
+
+        add_lora(model, config.lora)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.torch_compile:
+        compile_layers(model)
+    return student.train()
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile the model's decoder layers, for micro-batches of any length.
+
+    Our attention stays as it is: compiled, it would be so for each number of rows anew.
+
+    Raises:
+        InputError: it has no list of decoder layers.
+    """
+    AttentionInterface.register(NAME, torch.compiler.disable(row_attention))  # type: ignore[no-untyped-call]
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True)
+
+
+def to_target(batch: MicroBatch, device: torch.device, *, extras: bool = False) -> TeacherTarget:
     """The teacher's side of a micro-batch, as tensors; every position is scored.
 
     Small dtypes are widened on the device, which is exact.
+
+    Args:
+        batch: P positions.
+        device: where to.
+        extras: also take the extra ids, where there are any.
     """
 
     def tensor(name: str) -> torch.Tensor:
         moved = on_device(getattr(batch, name), device)
-        return moved.float() if name.endswith("logprob") else moved.long()
+        return moved.long() if name.endswith("_id") else moved.float()
 
-    names = (
-        "topk_id",
-        "topk_logprob",
-        "tail_logprob",
-        "sampled_id",
-        "sampled_logprob",
-        "behaviour_logprob",
-    )
+    names = [*SCORES, *(EXTRAS if extras and batch.extra_id.shape[1] else ())]
     mask = torch.ones(batch.num_positions, dtype=torch.bool, device=device)
     return TeacherTarget(**{name: tensor(name) for name in names}, mask=mask)

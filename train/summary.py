@@ -131,8 +131,9 @@ class Summary:
             known = drift["lag"] is not None
             sampled_by = f"policy {policy} (lag {drift['lag']})" if known else "no known policy"
             name = f"drift of replayed rows of {sampled_by}"
-            table.add_row(f"{name}: k3, nats", "", f"{drift['k3_nats']:.4f}")
-            table.add_row(f"{name}: ESS", "", f"{drift['ess']:.3f}")
+            if drift["compared"]:
+                table.add_row(f"{name}: k3, nats", "", f"{drift['k3_nats']:.4f}")
+                table.add_row(f"{name}: ESS", "", f"{drift['ess']:.3f}")
         _console().print(table)
 
     def print_end(self) -> None:

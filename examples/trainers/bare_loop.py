@@ -16,15 +16,16 @@ import torch
 
 from stillroom.cache.causal_lm import pick_device
 from stillroom.cache.fingerprint import inspect_model
-from stillroom.cache.identity import Identity
 from stillroom.cache.store import Cache
 from stillroom.replay.config import StreamConfig
 from stillroom.replay.dataset import ReplayDataset, StoredSource
 from stillroom.replay.policies import check_student
-from stillroom.replay.tensors import Step, from_tensors
-from stillroom.train.objectives import divergence, token_mean
+from stillroom.train.objective import Objective
+from stillroom.train.parallel import Parallel
+from stillroom.train.replay_loss import ReplayLoss
 from stillroom.train.run_snapshot import keep_snapshot, release_snapshot, snapshot_for
-from stillroom.train.student import Student, load_student, to_target
+from stillroom.train.step import backward, batch_of
+from stillroom.train.student import load_student
 
 RUN = "bare-loop"
 REPLAY = StreamConfig(batch_rows=8, max_tokens=4096)
@@ -53,8 +54,10 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
         dataset.load_state_dict(saved["dataset"])
 
+    loss = ReplayLoss(model, identity, Objective(kind="forward"))
+    parallel = Parallel(model.model)
     for step in dataset:
-        loss = backward(model, step, identity)
+        found = backward(parallel, loss, [batch_of(step)])
         optimizer.step()
         optimizer.zero_grad()
         state = dataset.state_dict()
@@ -62,30 +65,9 @@ def train(
             parts = {"student": model.state_dict(), "optimizer": optimizer.state_dict()}
             save(checkpoint, {**parts, "dataset": state, "snapshot": snapshot})
             keep_snapshot(opened.storage, output, RUN, snapshot)
-        yield loss
+        yield found.loss
     model.model.save_pretrained(output / "student")
     release_snapshot(opened.storage, output, RUN)
-
-
-def backward(student: Student, step: Step, identity: Identity) -> float:
-    """Add up the gradient of a step's mean loss over its micro-batches; returns that loss."""
-    total = 0.0
-    for tensors in step["micro_batches"]:
-        assert tensors is not None, "only where several ranks share a step"
-        batch = from_tensors(tensors)
-        logits = student(batch)
-        target = to_target(batch, logits.device)
-        losses = divergence(
-            logits,
-            target,
-            "forward",
-            temperature=identity.temperature,
-            vocab_size=identity.vocab_size,
-        )
-        loss = token_mean(losses, target.mask, step["num_positions"])
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.item()
-    return total
 
 
 def save(path: Path, checkpoint: dict[str, Any]) -> None:

@@ -19,18 +19,17 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_utils import get_last_checkpoint
 
 from stillroom.cache.fingerprint import inspect_model
-from stillroom.cache.identity import Identity
 from stillroom.cache.store import Cache
-from stillroom.replay.batch import idle_micro_batch
 from stillroom.replay.config import StreamConfig
 from stillroom.replay.dataset import ReplayDataset, StoredSource
 from stillroom.replay.policies import check_student
 from stillroom.replay.tensors import MicroTensors, Step, from_tensors
 from stillroom.train.durable import write_file
-from stillroom.train.objectives import divergence, token_mean
+from stillroom.train.objective import Objective
 from stillroom.train.parallel import same_on_all_ranks
+from stillroom.train.replay_loss import ReplayLoss, StepCount
 from stillroom.train.run_snapshot import keep_snapshot, release_snapshot, snapshot_for
-from stillroom.train.student import Student, load_student, to_target
+from stillroom.train.student import load_student
 
 RUN = "hf-trainer"
 REPLAY = StreamConfig(batch_rows=8, max_tokens=4096)
@@ -39,11 +38,10 @@ REPLAY = StreamConfig(batch_rows=8, max_tokens=4096)
 class ReplayTrainer(Trainer):
     """Trainer whose inputs are whole steps of packed micro-batches."""
 
-    def __init__(self, student: Student, identity: Identity, **settings: Any) -> None:
-        """Train the student's model; micro-batches go through its forward, wrapped or not."""
-        student.model.forward = student.forward
-        super().__init__(student.model, **settings)
-        self._teacher = identity
+    def __init__(self, loss: ReplayLoss, **settings: Any) -> None:
+        """Train the loss's student, whose model gives the loss from now on, wrapped or not."""
+        loss.student.model.forward = loss
+        super().__init__(loss.student.model, **settings)
 
     def get_train_dataloader(self) -> DataLoader[Step]:
         """A plain loader: the stream itself gives each rank its share."""
@@ -76,14 +74,8 @@ class ReplayTrainer(Trainer):
         self, model: Module, inputs: MicroTensors | None, *_: Any, num_items_in_batch: Any = None
     ) -> Tensor:
         """A micro-batch's part of the mean loss, nats; 0 for one that only keeps step."""
-        if inputs is None:
-            return cast(Tensor, model(idle_micro_batch()).sum() * 0.0)
-        batch = from_tensors(inputs)
-        logits = model(batch)
-        target = to_target(batch, logits.device)
-        temperature, vocab_size = self._teacher.temperature, self._teacher.vocab_size
-        losses = divergence(logits, target, temperature=temperature, vocab_size=vocab_size)
-        return token_mean(losses, target.mask, num_items_in_batch)
+        batch = None if inputs is None else from_tensors(inputs)
+        return cast(Tensor, model(batch, StepCount(int(num_items_in_batch))).total)
 
 
 class KeepPinned(TrainerCallback):
@@ -127,7 +119,8 @@ def main(student: str, cache: str, output: Path, **settings: Any) -> None:
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
         dataset.skip(state.global_step * args.gradient_accumulation_steps)
     keep = KeepPinned(opened, output, snapshot)
-    trainer = ReplayTrainer(loaded, identity, args=args, train_dataset=dataset, callbacks=[keep])
+    loss = ReplayLoss(loaded, identity, Objective(kind="forward"))
+    trainer = ReplayTrainer(loss, args=args, train_dataset=dataset, callbacks=[keep])
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(output / "student"))
     if trainer.is_world_process_zero():

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from stillroom.cache.errors import MissingError, StorageError
+from stillroom.cache.local_objects import JOINED_BYTES
 from stillroom.cache.storage import Storage
 
 Events = list[tuple[str, int]]
@@ -313,6 +314,42 @@ def test_what_is_no_file_is_missing(storage: Storage) -> None:
 
 
 @pytest.mark.dist
+def test_ranges_that_touch_are_read_together(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(3 * JOINED_BYTES)
+    storage.put_new("a", data)
+    reads: list[tuple[int, int]] = []
+    pread = os.pread
+
+    def recorded(handle: int, length: int, start: int) -> bytes:
+        reads.append((start, length))
+        return pread(handle, length, start)
+
+    monkeypatch.setattr(os, "pread", recorded)
+    half, large = JOINED_BYTES // 2, JOINED_BYTES + 1
+    starts = [5, 10, 10 + half, 9 + 2 * half, 9, 9 + large, len(data) - 4, len(data)]
+    lengths = [5, half, half - 1, 7, large, 3, 4, 0]
+    found = storage.get_ranges("a", starts, lengths, len(data))
+    assert found == [data[s : s + n] for s, n in zip(starts, lengths, strict=True)]
+    assert reads == [
+        (5, 5 + half),
+        (10 + half, half + 6),
+        (9, large),
+        (9 + large, 3),
+        (len(data) - 4, 4),
+    ]
+
+
+@pytest.mark.parametrize("lengths", [[4, 3, 3], [4, 8, 3], [11, 1, 1], [4, 0, 9]])
+def test_ranges_that_touch_end_where_the_file_ends(storage: Storage, lengths: list[int]) -> None:
+    data = b"0123456789"
+    storage.put_new("a", data)
+    starts = [0, lengths[0], lengths[0] + lengths[1]]
+    expected = [data[s : s + n] for s, n in zip(starts, lengths, strict=True)]
+    assert storage.get_ranges("a", starts, lengths) == expected
+
+
 def test_a_full_disk_is_a_clear_error_and_later_puts_work(storage: Storage) -> None:
     storage.put_new("a/b", b"committed")
     result = subprocess.run(

@@ -64,6 +64,16 @@ def test_every_part_is_scored_once(cache: Cache) -> None:
         assert_scored(arrays, token[at - 1].tolist(), token[at].tolist())
 
 
+def test_a_teacher_that_stays_need_not_score_the_canary_again(cache: Cache) -> None:
+    first = add(cache, 1)
+    score(cache, FakeTeacher(), check_teacher=False)
+    assert cache.is_scored(first)
+    assert cache.storage.list("canary") == []
+    add(cache, 2)
+    score(cache, FakeTeacher())
+    assert len(cache.storage.list("canary")) == 1
+
+
 def test_a_rerun_reads_nothing(cache: Cache) -> None:
     add(cache, 1)
     score(cache, FakeTeacher())

@@ -15,8 +15,8 @@ from stillroom.cache.zarr_id_groups import (
     MAX_GROUPS,
     MAX_LOOKUP,
     GroupedIds,
+    IdLookup,
     group_ids,
-    lookup_table,
 )
 from tests.cache.conftest import QUICK
 from tests.cache.fakes import same_bits
@@ -24,16 +24,20 @@ from tests.cache.fakes import same_bits
 
 def decode(coded: GroupedIds) -> np.ndarray:
     """The ids, one by one."""
-    table = lookup_table(coded.id_list, coded.groups, coded.group_width)
-    rows = [[table[g, c] for c in row] for g, row in zip(coded.group, coded.code, strict=True)]
+    width, common = coded.group_width, coded.id_list[coded.groups * coded.group_width :]
+    rows = [
+        [coded.id_list[g * width + c] if c < width else common[c - width] for c in row.tolist()]
+        for g, row in zip(coded.group.tolist(), coded.code, strict=True)
+    ]
     return np.array(rows, np.uint32).reshape(coded.code.shape)
 
 
 def quick_decode(coded: GroupedIds) -> np.ndarray:
-    """The same, at once."""
-    table = lookup_table(coded.id_list, coded.groups, coded.group_width)
-    found: np.ndarray = table[coded.group[:, None], coded.code]
-    return found
+    """The same, at once, as a reader does."""
+    lookup = IdLookup(coded.id_list, coded.groups, coded.group_width)
+    out, index = (np.empty(coded.code.shape, dtype) for dtype in (np.uint32, np.int64))
+    assert lookup.look_up(coded.code.copy(), coded.group[:, None], out, index)
+    return out
 
 
 def zipf(seed: int, positions: int, topk: int, vocab_size: int, topics: int) -> np.ndarray:
@@ -96,6 +100,25 @@ def test_positions_are_told_apart_by_their_ids() -> None:
     assert (alone.groups, alone.group_width) == (1, 0)
     in_one_list = np.unique(ids, return_inverse=True)[1]
     assert bits(coded.code) < bits(in_one_list) - 0.8
+
+
+@pytest.mark.parametrize(("groups", "width"), [(1, 0), (3, 4)])
+def test_what_lies_outside_the_lists_is_not_looked_up(groups: int, width: int) -> None:
+    id_list = np.arange(100, 105 + groups * width, dtype=np.uint32)
+    lookup = IdLookup(id_list, groups, width)
+    every = np.arange(width + 5, dtype=np.uint32)[None].repeat(groups, axis=0)
+    out, index = (np.zeros(every.shape, dtype) for dtype in (np.uint32, np.int64))
+    group = np.arange(groups, dtype=np.uint16)[:, None]
+    assert lookup.look_up(every.copy(), group, out, index)
+    common = range(100 + groups * width, 105 + groups * width)
+    own = [range(100 + g * width, 100 + (g + 1) * width) for g in range(groups)]
+    assert out.tolist() == [[*ids, *common] for ids in own]
+    for larger in (np.uint32(width + 5), np.uint32(2**32 - 1)):
+        code = every.copy()
+        code[-1, 0] = larger
+        assert not lookup.look_up(code, group, out, index)
+    group[0] = groups
+    assert not lookup.look_up(every.copy(), group, out, index)
 
 
 def test_lists_stand_by_frequency() -> None:

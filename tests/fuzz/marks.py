@@ -114,7 +114,8 @@ def _take(own: Cache, path: str) -> None:
 def _read_policy(own: Cache, path: str) -> None:
     policy = read_policy(own.storage, 0)
     assert policy.version == 0
-    assert Path(policy.path).is_absolute() or ".." not in policy.path.split("/")
+    folder = policy.path
+    assert folder is None or Path(folder).is_absolute() or ".." not in folder.split("/")
 
 
 class _Remembers(FakeTeacher):

@@ -147,8 +147,8 @@ def test_sampled_logprobs_equal_a_dense_recomputation(student_dir: Path) -> None
 
 def trainer(cache: Cache, student_dir: Path, output: Path, config: ReplayConfig) -> ReplayTrainer:
     """A trainer of the tiny student; its device must be the one that is tested."""
-    files = inspect_model(str(student_dir))
-    made = ReplayTrainer(files, 0, cache, cache.snapshot(), config, output, "gpu")
+    snapshot = cache.snapshot()
+    made = ReplayTrainer(student_dir, cache, config, snapshot=snapshot, output=output, run="gpu")
     assert {parameter.device.type for parameter in made.student.parameters()} == {DEVICE}
     return made
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import stillroom.train.trainer
+import stillroom.train.replay_loss
 from stillroom.replay.batch import MicroBatch
 from stillroom.train.pipeline import Pipeline
 from stillroom.train.run_config import RunConfig
@@ -81,11 +81,11 @@ def trained(ids: torch.Tensor, vocab_size: int) -> LlamaForCausalLM:
     return model
 
 
-def moved(order: Order) -> Callable[[MicroBatch, torch.device], TeacherTarget]:
+def moved(order: Order) -> Callable[..., TeacherTarget]:
     """Targets whose teacher rows belong to other positions; the sampled token's score follows."""
 
-    def target(batch: MicroBatch, device: torch.device) -> TeacherTarget:
-        kept = to_target(batch, device)
+    def target(batch: MicroBatch, device: torch.device, *, extras: bool) -> TeacherTarget:
+        kept = to_target(batch, device, extras=extras)
         at = order(len(kept))
         ids, logprob, tail = kept.topk_id[at], kept.topk_logprob[at], kept.tail_logprob[at]
         hit = ids == kept.sampled_id[:, None]
@@ -132,7 +132,7 @@ def test_only_the_cached_rows_teach(
     """Both figures fall by 30 % with the cached rows, and stay far above that with the controls."""
     last: dict[str, dict[str, float]] = {}
     for name, order in ORDERS.items():
-        monkeypatch.setattr(stillroom.train.trainer, "to_target", moved(order))
+        monkeypatch.setattr(stillroom.train.replay_loss, "to_target", moved(order))
         change = held_out_change(models, tmp_path / name)
         last[name] = {source: after for source, (_, after) in change.items()}
         if name == "cached":

@@ -64,13 +64,15 @@ class Runner:
 
     def run(self, settings: dict[str, Any], point: dict[str, Any] | None = None) -> int:
         """Run once; returns the signal that ended it, 0 for a run that finished."""
+        return self.ask({"settings": settings}, point)
+
+    def ask(self, request: dict[str, Any], point: dict[str, Any] | None = None) -> int:
+        """Ask for something else than a run; returns the same."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(
-            json.dumps({"settings": settings, "point": point}), file=self._process.stdin, flush=True
-        )
+        print(json.dumps({**request, "point": point}), file=self._process.stdin, flush=True)
         answer = json.loads(self._process.stdout.readline())
-        log = Path(settings["output"]).with_suffix(".log").read_text()
+        log = Path(request["settings"]["output"]).with_suffix(".log").read_text()
         assert answer["signal"] or not answer["status"], log[-3000:]
         return int(answer["signal"])
 

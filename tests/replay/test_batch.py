@@ -146,6 +146,8 @@ def test_ids_that_do_not_fit_are_refused(token_id: int) -> None:
         collate([row])
     with pytest.raises(InputError, match=message):
         collate([row, hand_row(1, [1], [2], topk_id=np.zeros((1, 3), np.uint32))])
+    with pytest.raises(InputError, match=message):
+        collate([hand_row(1, [1], [2, 5], topk_id=ids[:1].repeat(2, axis=0)), row])
 
 
 @pytest.mark.parametrize("name", ["topk_id", "tail_logprob", "behaviour_logprob"])

@@ -21,6 +21,7 @@ from stillroom.replay.policies import (
     policy_versions,
     put_policy,
     read_policy,
+    record_unkept,
     register_initial,
 )
 from tests.conftest import VOCAB, save_llama
@@ -136,6 +137,39 @@ def test_a_path_below_the_root_moves_with_it(
     shutil.move(tmp_path / "root", tmp_path / "elsewhere")
     moved = open_policy(Storage(tmp_path / "elsewhere"), 1)
     assert moved.folder == tmp_path / "elsewhere" / "policies" / "v000001-run-a"
+
+
+def test_a_student_whose_weights_nobody_kept_has_a_version_of_its_own(
+    storage: Storage, student: ModelFiles
+) -> None:
+    register_initial(storage, student, "run-a")
+    put_policy(storage, policy_of(4, student))
+    unkept = record_unkept(storage, run="run-b", parent=4, step=16)
+    assert (unkept.version, unkept.path, unkept.fingerprint) == (5, None, None)
+    assert read_policy(storage, 5) == unkept
+    assert record_unkept(storage, run="run-b", parent=5, step=32).version == 6
+    with pytest.raises(MissingError, match="run-b went on from it after step 16"):
+        open_policy(storage, 5, student)
+
+
+def test_an_unkept_version_is_never_anothers(
+    storage: Storage, student: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may take the number between the look and the put."""
+    for version in (0, 1, 2):
+        put_policy(storage, policy_of(version, student))
+    monkeypatch.setattr("stillroom.replay.policies.policy_versions", lambda _: [0])
+    assert record_unkept(storage, run="run-b", parent=0, step=4).version == 3
+    assert read_policy(storage, 1).run == "run-a"
+
+
+@pytest.mark.parametrize("field", ["path", "fingerprint"])
+def test_weights_and_their_fingerprint_come_together(
+    storage: Storage, student: ModelFiles, field: str
+) -> None:
+    put_policy(storage, policy_of(1, student, **{field: None}))
+    with pytest.raises(CorruptError):
+        read_policy(storage, 1)
 
 
 def test_changed_weights_are_refused(storage: Storage, student: ModelFiles) -> None:

@@ -205,6 +205,23 @@ def test_equal_seeds_give_equal_completions(student_dir: Path) -> None:
     )
 
 
+def test_weights_that_are_taken_over_sample_what_their_model_samples(
+    student_dir: Path, teacher_dir: Path
+) -> None:
+    sampler = TransformersSampler(
+        inspect_model(str(student_dir)),
+        SamplerConfig(max_new_tokens=12, batch_rows=3, device="cpu"),
+    )
+    model = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32)
+    sampler.take_weights(model.state_dict())
+    taken = [sampled for _, sampled in sorted(sampler.sample(PROMPTS, 0), key=lambda pair: pair[0])]
+    assert same(taken, run(teacher_dir, PROMPTS))
+    assert not same(taken, run(student_dir, PROMPTS))
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    assert torch.equal(sampler.model.model.norm.weight, model.model.norm.weight)
+
+
 def test_the_global_generator_is_left_alone(student_dir: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)

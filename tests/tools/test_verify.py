@@ -14,6 +14,7 @@ from stillroom.cache.commits import commit_path
 from stillroom.cache.errors import StorageError
 from stillroom.cache.storage import Entry, Storage
 from stillroom.cache.store import Cache
+from stillroom.replay.policies import record_unkept
 from stillroom.tools.verify import verify
 from tests.cache.fakes import make_meta
 from tests.tools import small_cache
@@ -187,6 +188,14 @@ def test_a_sound_cache_has_no_findings(made: Path, tree: Any) -> None:
 def test_a_sound_parquet_cache_has_no_findings(made_parquet: Path) -> None:
     for deep in (False, True):
         assert found(made_parquet, deep=deep) == []
+
+
+def test_a_student_whose_weights_nobody_kept_is_no_finding(made: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(made, tmp_path / "cache")
+    before = verify(Cache.open(root))
+    record_unkept(Cache.open(root).storage, run="run", parent=0, step=4)
+    after = verify(Cache.open(root))
+    assert (after.findings, after.notes) == (before.findings, before.notes)
 
 
 def test_what_harms_no_reader_is_noted(made: Path) -> None:

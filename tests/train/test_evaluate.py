@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillroom.cache.causal_lm import load_causal_lm
 from stillroom.cache.errors import InputError
@@ -67,6 +70,41 @@ def test_means_over_positions(
     assert tails == pytest.approx(tuple(np.mean(rows, 0)[2:4]), rel=2e-3, abs=1e-9)
     assert measured.hidden_kl_bound_nats >= np.mean(rows, 0)[4] * 0.99 - 1e-6
     assert (measured.hidden_kl_bound_nats > 0) == (topk == 8)
+
+
+class VocabularyRows(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Remembers the most rows of the vocabulary, padded or not, that one tensor had."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        is_rows = isinstance(made, torch.Tensor) and made.dim() > 1 and made.shape[-1] in (262, 263)
+        if is_rows and made.shape != (32, 262):  # the head, transposed
+            self.most = max(self.most, made.numel() // made.shape[-1])
+        return made
+
+
+def test_logits_are_held_for_few_positions(
+    tmp_path: Path, make_cache: Callable[..., Cache], student_dir: Path
+) -> None:
+    """With little memory no tensor has a row of the vocabulary for every position of a micro-batch;
+    the figures stay the same, and so does the student's mode."""
+    cache = make_cache(tmp_path, rows=12, topk=8)
+    student = load_student(inspect_model(str(student_dir)), "float32", torch.device("cpu"))
+    replay = StreamConfig(batch_rows=12, max_tokens=4096)
+    whole = evaluate(student, cache, cache.snapshot(), replay)
+    positions = whole.sources["student"].positions
+    student.train()
+    with VocabularyRows() as seen:  # type: ignore[no-untyped-call]
+        found = evaluate(student, cache, cache.snapshot(), replay, max_bytes=8 * 4 * 262 * 10)
+    assert student.training
+    assert positions > 60
+    assert 1 < seen.most <= 10
+    assert found.sources.keys() == whole.sources.keys()
+    expected = asdict(whole.sources["student"])
+    assert asdict(found.sources["student"]) == pytest.approx(expected, rel=1e-5)
+    assert found.reverse_kl_nats == pytest.approx(expected["reverse_kl_nats"], rel=1e-5)
 
 
 @pytest.mark.parametrize("over_long", ["skip", "truncate", "refuse"])

@@ -9,6 +9,7 @@ import torch
 
 from stillroom.train.hidden_kl import hidden_kl_bound
 from stillroom.train.target import TeacherTarget, teacher_buckets
+from stillroom.train.testing import exact_target
 
 V = 40
 
@@ -65,6 +66,21 @@ def test_nothing_hides_more_than_the_bound(
     assert (bound.numpy() >= np.array(exact) - 1e-9).all()
     if mass == 1:
         assert (bound == 0).all()
+
+
+def test_extra_ids_are_no_entries(brute_force: ModuleType) -> None:
+    """The least likely token as an extra id says nothing about what the tail's tokens can be."""
+    rng = np.random.default_rng(1)
+    teacher_TV, student_TV = rng.normal(0, 1, (20, V)), rng.normal(0, 0.1, (20, V))
+    sampled = teacher_TV.argmax(1).tolist()
+    extra = teacher_TV.argmin(1)[:, None].tolist()
+    buckets = teacher_buckets(exact_target(teacher_TV, 4, sampled, extra), V)
+    bound = hidden_kl_bound(torch.from_numpy(student_TV), buckets)
+    for i in range(20):
+        inside = [token for token in buckets.token_id[i].tolist() if token < V]
+        exact = hidden(brute_force, teacher_TV[i], student_TV[i], inside)
+        assert exact > 0
+        assert bound[i].item() >= exact - 1e-9
 
 
 def test_the_bound_is_reached() -> None:

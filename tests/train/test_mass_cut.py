@@ -16,7 +16,14 @@ from stillroom.train.student import to_target
 from stillroom.train.target import TeacherTarget
 
 V, K, P, MASS = 30, 10, 40, 0.8
-KINDS = [("forward", None), ("reverse", None), ("jsd", 0.5)]
+KINDS = [
+    ("forward", None),
+    ("reverse", None),
+    ("jsd", 0.5),
+    ("skew", 0.1),
+    ("skew_reverse", 0.1),
+    ("mixed", 0.5),
+]
 
 
 @pytest.fixture(scope="module")

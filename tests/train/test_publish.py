@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from stillroom.cache.causal_lm import load_causal_lm
 from stillroom.cache.errors import MismatchError, StorageError
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.storage import Storage
 from stillroom.replay.policies import open_policy, policy_versions, register_initial
+from stillroom.train.config import LoraSettings
+from stillroom.train.lora import add_lora
 from stillroom.train.publish import publish
 from stillroom.train.student import load_student
 
@@ -67,3 +71,57 @@ def test_record_names_the_weights_that_were_trained(student_dir: Path, tmp_path:
     loaded = load_student(open_policy(storage, 1), "float32", torch.device("cpu"))
     for mine, theirs in zip(loaded.parameters(), student.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_adapters_are_published_as_weights(student_dir: Path, tmp_path: Path) -> None:
+    """A policy with a LoRA loads as a plain model that says the same; its LoRA lies beside it."""
+    storage, files = Storage(tmp_path), inspect_model(str(student_dir))
+    student = load_student(files, "float32", torch.device("cpu"))
+    plain = {name: weight.clone() for name, weight in student.model.state_dict().items()}
+    add_lora(student.model, LoraSettings(r=4, alpha=8))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in student.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    ids = torch.arange(20)[None]
+    student.model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        expected = student.model(input_ids=ids, use_cache=False).logits
+    policy = publish(storage, student, files, version=1, run="r", step=1, adapter=True)
+    published = open_policy(storage, 1)
+    assert published.fingerprint == policy.fingerprint != files.fingerprint
+    loaded = load_causal_lm(published, "float32", torch.device("cpu"))
+    assert loaded.state_dict().keys() == plain.keys()
+    with torch.no_grad():
+        found = loaded(input_ids=ids, use_cache=False).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert not torch.allclose(found, load_logits(student_dir, ids), atol=1e-2)
+    adapters = load_file(published.folder / "adapter" / "adapter_model.safetensors")
+    assert all("lora_" in name for name in adapters)
+    assert load_file(published.folder / "model.safetensors").keys() == plain.keys() - {
+        "lm_head.weight"
+    }
+
+
+def load_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """What a model says to some ids."""
+    model = load_causal_lm(inspect_model(str(folder)), "float32", torch.device("cpu"))
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def test_a_gathered_state_is_published_as_the_model_itself_is(
+    student_dir: Path, tmp_path: Path
+) -> None:
+    """Where tied weights come as copies, as they do from shards: the same policy to the bit."""
+    files = inspect_model(str(student_dir))
+    student = load_student(files, "float32", torch.device("cpu"))
+    state = {name: weight.clone() for name, weight in student.model.state_dict().items()}
+    made = [
+        publish(Storage(tmp_path / name), student, files, version=1, run="r", step=1, state=given)
+        for name, given in (("own", None), ("gathered", state))
+    ]
+    assert made[0] == made[1]
+    assert made[0].fingerprint == files.fingerprint

@@ -11,7 +11,7 @@ from stillroom.cache.errors import CorruptError, StillroomError, StorageError
 from stillroom.cache.pins import active_pins, pin_path
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
-from stillroom.train.checkpoint import checkpoints_of
+from stillroom.train.checkpoint import checkpoints_of, seal_folder
 from stillroom.train.run_snapshot import (
     OWNER_FILE,
     keep_snapshot,
@@ -58,8 +58,9 @@ def checkpoint(output: Path, step: int, snapshot: Snapshot) -> Path:
     folder = checkpoints_of(output, RUN) / f"step-{step:08d}"
     folder.mkdir(parents=True)
     stream = {"sources": [{"snapshot": snapshot.id}]}
-    state = {"step": step, "rows": 1, "positions": 1, "stream": stream, "drift": {}}
+    state = {"step": step, "rows": 1, "positions": 1, "stream": stream, "callbacks": {}}
     (folder / "state.json").write_bytes(jsonfile.dump(state))
+    seal_folder(folder)
     return folder
 
 
@@ -118,7 +119,7 @@ def test_a_snapshot_is_pinned_before_it_is_opened(
 def test_snapshots_of_kept_checkpoints_stay_pinned(cache: Cache, tmp_path: Path) -> None:
     """Those that a run left behind when it followed the cache."""
     first = snapshot_for(cache, tmp_path, RUN)
-    checkpoint(tmp_path, 10, first)
+    older = checkpoint(tmp_path, 10, first)
     cache.retire(make_meta(0).name, "too old")
     second = cache.snapshot()
     keep_snapshot(cache.storage, tmp_path, RUN, second.id)
@@ -130,7 +131,9 @@ def test_snapshots_of_kept_checkpoints_stay_pinned(cache: Cache, tmp_path: Path)
     (newest / "state.json").write_bytes(b"x")
     keep_snapshot(cache.storage, tmp_path, RUN, first.id)
     assert pinned(cache) == [[first.id]]
-    with pytest.raises(CorruptError, match="step-00000020"):
+    assert snapshot_for(cache, tmp_path, RUN) == first, "the one before is resumed from"
+    (older / "state.json").write_bytes(b"x")
+    with pytest.raises(CorruptError, match="a whole checkpoint"):
         snapshot_for(cache, tmp_path, RUN)
 
 

@@ -1,0 +1,73 @@
+"""Optimisers and schedules by name; what none can be made of is refused without a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from stillroom.cache.errors import ConfigError
+from stillroom.train.config import ReplayConfig
+from stillroom.train.optimizer import check_trainable, make_optimizer, make_schedule
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    """A matrix, and one that is not trained."""
+    frozen = torch.nn.Parameter(torch.ones(2, 2), requires_grad=False)
+    return [torch.nn.Parameter(torch.ones(2, 2)), frozen]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("AdamW", {"eps": 1e-5}),
+        ("SGD", {"momentum": 0.5}),
+        ("Adafactor", {}),
+        ("Rprop", {}),
+        ("Muon", {}),
+    ],
+)
+def test_any_class_of_torch_with_its_arguments(name: str, settings: dict[str, float]) -> None:
+    config = ReplayConfig(optimizer=name, optimizer_args=settings, learning_rate=0.25)
+    matrix, frozen = parameters()
+    made = make_optimizer([matrix, frozen], config)
+    (group,) = made.param_groups
+    assert type(made).__name__ == name
+    assert group["params"] == [matrix], "frozen ones are no part of it"
+    assert group["lr"] == 0.25
+    assert {key: group[key] for key in settings} == settings
+    assert group.get("weight_decay", 0) == 0, "none but what is set"
+    matrix.grad = torch.ones(2, 2)
+    made.step()
+    assert not torch.equal(matrix, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"optimizer": "Adagrid"}, r"train\.optimizer: expected a class in torch\.optim"),
+        ({"optimizer": "lr_scheduler"}, r"train\.optimizer: expected a class in torch\.optim"),
+        ({"optimizer": "LBFGS"}, r"train\.optimizer: expected one that needs no closure"),
+        ({"optimizer": "Rprop", "weight_decay": 0.1}, r"train\.optimizer.*weight_decay"),
+        ({"optimizer_args": {"epsilon": 1.0}}, r"train\.optimizer.*epsilon"),
+        ({"optimizer_args": {"lr": 1.0}}, r"train\.optimizer_args.*got lr"),
+        ({"lr_scheduler_type": "foo"}, r"train\.lr_scheduler_type.*foo"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, r"train\.lr_scheduler_type.*counts steps"),
+    ],
+)
+def test_what_cannot_be_made_is_named(changes: dict[str, Any], match: str) -> None:
+    check_trainable(ReplayConfig())
+    with pytest.raises(ConfigError, match=match):
+        check_trainable(ReplayConfig(**changes))
+
+
+def test_a_schedule_warms_up_and_falls() -> None:
+    config = ReplayConfig(learning_rate=1.0, lr_scheduler_type="linear", warmup_steps=2)
+    optimizer = make_optimizer(parameters(), config)
+    schedule, rates = make_schedule(optimizer, config, total_steps=4), []
+    for _ in range(4):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == [0.0, 0.5, 1.0, 0.5]

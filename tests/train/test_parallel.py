@@ -1,0 +1,85 @@
+"""A model's forward that runs functions; on several ranks see tests/integration/test_ranks.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from stillroom.cache.errors import InputError
+from stillroom.train.parallel import Parallel, decoder_layers, on_cpu, same_on_all_ranks
+
+IDS = torch.arange(8)[None]
+
+
+@pytest.fixture
+def model(student_dir: Path) -> PreTrainedModel:
+    """The tiny student."""
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(student_dir)
+    return loaded
+
+
+@pytest.mark.parametrize("how", ["auto", "ddp", "fsdp"])
+def test_one_process_runs_functions_inside_the_forward(model: PreTrainedModel, how: str) -> None:
+    """Hooks of the model are called around them, and names stay Hugging Face's."""
+    expected, names = model(IDS).logits, [name for name, _ in model.named_parameters()]
+    calls: list[str] = []
+    model.register_forward_pre_hook(lambda *_: calls.append("before"))
+    model.register_forward_hook(lambda *_: calls.append("after"))
+    parallel = Parallel(model, how)
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        calls.append("inside")
+        hidden = model.base_model(ids).last_hidden_state
+        found: torch.Tensor = model.get_output_embeddings()(hidden)
+        return found
+
+    assert torch.equal(parallel.run(logits, IDS), expected)
+    assert calls == ["before", "inside", "after"]
+    assert (parallel.kind, parallel.world, parallel.rank, parallel.units) == ("none", 1, 0, 0)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_the_state_is_the_models(model: PreTrainedModel) -> None:
+    state = Parallel(model).full_state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_gradients_are_clipped_to_the_norm_over_all(model: PreTrainedModel) -> None:
+    parallel = Parallel(model)
+    parameters = list(model.parameters())
+    for parameter in parameters[1:]:
+        parameter.grad = torch.full_like(parameter, 2.0)
+    size = sum(parameter.numel() for parameter in parameters[1:])
+    assert parallel.clip_gradients(1e9) == pytest.approx(2 * size**0.5)
+    assert parallel.clip_gradients(1.0) == pytest.approx(2 * size**0.5)
+    assert parallel.clip_gradients(1.0) == pytest.approx(1.0, rel=1e-5)
+    assert parameters[0].grad is None
+
+
+def test_nothing_is_summed_alone(model: PreTrainedModel) -> None:
+    assert Parallel(model).sum(torch.tensor(3.0)) == 3
+
+
+def test_decoder_layers_are_found(model: PreTrainedModel) -> None:
+    layers = decoder_layers(model)
+    assert [type(layer).__name__ for layer in layers] == ["LlamaDecoderLayer"] * 2
+    model.config.num_hidden_layers = 3
+    with pytest.raises(InputError, match="a list of 3 decoder layers"):
+        decoder_layers(model)
+
+
+def test_one_process_chooses_for_itself() -> None:
+    assert same_on_all_ranks(lambda: {"a": 1}, "cpu") == {"a": 1}
+    with pytest.raises(InputError, match="why"):
+        same_on_all_ranks(lambda: (_ for _ in ()).throw(InputError("a", "b", "c", "why")), "cpu")
+
+
+def test_cpu_is_chosen_where_it_is_named_or_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert on_cpu("cpu")
+        assert on_cpu("auto") is not there

@@ -1,0 +1,91 @@
+"""Optimiser and learning rate schedule, made from their names in the settings."""
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from transformers import get_scheduler
+
+from stillroom.cache.errors import ConfigError
+from stillroom.train.config import ReplayConfig
+
+OPTIMIZERS = "Name one such as AdamW, Adam or SGD."
+SCHEDULES = "Name one such as constant_with_warmup, linear or cosine."
+
+
+def make_optimizer(
+    parameters: Iterable[torch.nn.Parameter], config: ReplayConfig
+) -> torch.optim.Optimizer:
+    """The optimiser of the settings, of those parameters that are trained.
+
+    Raises:
+        ConfigError: torch has no such class, it needs a closure, or it does not take its arguments.
+    """
+    cls: Any = getattr(torch.optim, config.optimizer, None)
+    where, got = "train.optimizer", repr(config.optimizer)
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ConfigError(where, "a class in torch.optim", got, OPTIMIZERS)
+    if inspect.signature(cls.step).parameters["closure"].default is inspect.Parameter.empty:
+        raise ConfigError(where, "one that needs no closure", got, OPTIMIZERS)
+    known: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    twice = known.keys() & config.optimizer_args.keys()
+    if twice:
+        do = "Use train.learning_rate and train.weight_decay."
+        expected = "other arguments than lr and weight_decay"
+        raise ConfigError("train.optimizer_args", expected, ", ".join(sorted(twice)), do)
+    if not config.weight_decay and "weight_decay" not in inspect.signature(cls).parameters:
+        del known["weight_decay"]
+    settings = known | config.optimizer_args
+    try:
+        made: torch.optim.Optimizer = cls([p for p in parameters if p.requires_grad], **settings)
+    except (TypeError, ValueError) as error:
+        expected = f"an optimiser that takes {', '.join(settings)}"
+        raise ConfigError(where, expected, str(error), OPTIMIZERS) from error
+    return made
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: ReplayConfig, total_steps: int
+) -> LRScheduler:
+    """The schedule of the settings.
+
+    Raises:
+        ConfigError: transformers has none of that name, or it needs more than steps.
+    """
+    where, expected = "train.lr_scheduler_type", "a schedule of transformers that counts steps"
+    try:
+        made: LRScheduler = get_scheduler(
+            config.lr_scheduler_type, optimizer, config.warmup_steps, total_steps
+        )
+    except (TypeError, ValueError) as error:
+        got = f"{config.lr_scheduler_type!r}: {error}"
+        raise ConfigError(where, expected, got, SCHEDULES) from error
+    if isinstance(made, ReduceLROnPlateau):
+        raise ConfigError(where, expected, repr(config.lr_scheduler_type), SCHEDULES)
+    return made
+
+
+@contextmanager
+def scaled_rate(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
+    """Every learning rate multiplied by a factor; after the block what it was."""
+    before = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * factor
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, before, strict=True):
+            group["lr"] = rate
+
+
+def check_trainable(config: ReplayConfig) -> None:
+    """Refuse settings that no optimiser or schedule can be made of.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    matrix = torch.nn.Linear(1, 1, bias=False)
+    make_schedule(make_optimizer(matrix.parameters(), config), config, total_steps=1)

@@ -1,0 +1,238 @@
+"""Refreshing in the middle of a training run, on one process: every so many steps the student of
+that moment samples prompts, a teacher in memory scores them, and the stream goes on with those.
+
+Nothing is published or started anew, and the optimiser's state lives on. The student of each such
+moment takes a version of its own in `policies/`, with run, parent and step but without weights, and
+its rollouts name it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stillroom.cache.errors import ConfigError, CorruptError, MismatchError
+from stillroom.cache.part import policy_of
+from stillroom.cache.score import score
+from stillroom.cache.store import Cache
+from stillroom.cache.teacher import Teacher
+from stillroom.replay.policies import policy_versions, read_policy, record_unkept
+from stillroom.replay.prompts import Prompt
+from stillroom.replay.refresh import RefreshConfig, refresh, retire_stale
+from stillroom.replay.rollout import rollout
+from stillroom.replay.sampler import SamplerConfig, StudentSampler
+from stillroom.replay.transformers_sampler import TransformersSampler
+from stillroom.train.callbacks import Callback, StepOutcome
+
+if TYPE_CHECKING:
+    from stillroom.train.report import TrainReport
+    from stillroom.train.trainer import ReplayTrainer
+
+CHECK_TEACHER_EVERY_S = 3600.0
+"""A teacher that stays in memory scores the canary again after so long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refreshed:
+    """What one refresh did."""
+
+    rollouts: int
+    positions: int
+    """Tokens that were sampled and scored."""
+    sample_s: float
+    """Seconds of sampling."""
+    teacher_s: float
+    """Seconds of the teacher."""
+    retired: int
+    """Parts that new snapshots leave out from now on."""
+
+
+class Refresher:
+    """Prompts, settings and a teacher in memory: what makes new rows of a student.
+
+    Args:
+        cache: where they go.
+        teacher: the cache's, loaded.
+        prompts: those sampled longest ago come first.
+        sampler: how they are sampled.
+        config: how many, and how long older rows stay in use.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        teacher: Teacher,
+        prompts: Sequence[Prompt],
+        sampler: SamplerConfig,
+        config: RefreshConfig,
+    ) -> None:
+        """Nothing is sampled yet."""
+        self.cache, self.teacher, self.prompts = cache, teacher, prompts
+        self.sampler, self.config = sampler, config
+        self.positions = 0
+        """Tokens that the teacher scored so far."""
+        self._checked_at = -float("inf")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a refresh."""
+        chosen = min(len(self.prompts), self.config.prompts_per_cycle)
+        return chosen * self.sampler.samples_per_prompt
+
+    def __call__(self, version: int, make_sampler: Callable[[], StudentSampler]) -> Refreshed:
+        """Sample a policy, score what it wrote, and then retire what is too old.
+
+        A rerun for the same policy does only what is left to do.
+
+        Raises:
+            StillroomError: as `rollout` and `score`; no row is retired then.
+        """
+        cycle = refresh(self.cache, self.prompts, self.sampler, self.config, version)
+        sampled = rollout(self.cache, cycle, make_sampler)
+        now = time.monotonic()
+        is_due = now - self._checked_at >= CHECK_TEACHER_EVERY_S
+        scored = score(self.cache, self.teacher, check_teacher=is_due)
+        self._checked_at = now if is_due else self._checked_at
+        self.positions += scored.positions
+        retired = retire_stale(self.cache, version, self.config.max_lag)
+        return Refreshed(
+            rollouts=sampled.rollouts,
+            positions=scored.positions,
+            sample_s=sampled.sample_s,
+            teacher_s=scored.teacher_s,
+            retired=len(retired),
+        )
+
+
+class RefreshCallback(Callback):
+    """Refreshes the cache that its trainer replays whenever the stream is about to look for newer
+    rows: every `replay.follow_every_steps` batches, the last step excepted.
+
+    The stream takes up the new rows with the next step. What is replayed then is that of the last
+    `max_lag + 1` students. Needs a second copy of the student's buffers, but shares its weights; a
+    LoRA's are merged into new ones. A run that is resumed retires what its students after the
+    checkpoint had sampled, and samples anew, so it goes on otherwise than it did before. No other
+    run refreshes the cache at the same time.
+
+    Args:
+        refresher: makes new rows; of the trainer's cache.
+    """
+
+    name = "refresh"
+
+    def __init__(self, refresher: Refresher) -> None:
+        """Nothing is loaded yet."""
+        self._refresher = refresher
+        self._version: int | None = None
+        self._sampler: TransformersSampler | None = None
+
+    def on_begin(self, trainer: "ReplayTrainer") -> None:
+        """Check that this trainer can be refreshed.
+
+        Raises:
+            ConfigError: several processes, or phases; a stream that does not follow its cache by
+                whole optimiser steps; or fewer new rows than a batch has.
+            MismatchError: another cache, or a student that is none of its policies.
+        """
+        _check(trainer, self._refresher)
+        if self._version is not None:
+            trainer.policy_version = self._version
+        _retire_from(trainer, trainer.step if _is_due(trainer) else trainer.step + 1)
+        if _is_due(trainer):
+            self._refresh(trainer)
+
+    def on_step(self, trainer: "ReplayTrainer", outcome: StepOutcome) -> None:
+        """Refresh, if it is time."""
+        if _is_due(trainer):
+            self._refresh(trainer)
+
+    def on_end(self, trainer: "ReplayTrainer", report: "TrainReport") -> None:
+        """Let go of the sampler."""
+        self._sampler = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The newest student's version."""
+        return {"version": self._version}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from that student.
+
+        Raises:
+            CorruptError: the state names none.
+        """
+        version = state.get("version", -1)
+        if version is not None and not (type(version) is int and version >= 0):
+            do = "Delete the checkpoint to resume from an older one."
+            where = "the refresh in a checkpoint"
+            raise CorruptError(where, "a policy version", f"{state!r:.60}", do)
+        self._version = version
+
+    def _refresh(self, trainer: "ReplayTrainer") -> None:
+        policy = record_unkept(
+            trainer.cache.storage, run=trainer.run, parent=trainer.policy_version, step=trainer.step
+        )
+        done = self._refresher(policy.version, lambda: self._sampler_now(trainer))
+        self._version = trainer.policy_version = policy.version
+        trainer.log({f"refresh/{name}": value for name, value in asdict(done).items()})
+
+    def _sampler_now(self, trainer: "ReplayTrainer") -> TransformersSampler:
+        if self._sampler is None:
+            self._sampler = TransformersSampler(trainer.files, self._refresher.sampler)
+        self._sampler.take_weights(plain_weights(trainer))
+        return self._sampler
+
+
+def plain_weights(trainer: "ReplayTrainer") -> dict[str, torch.Tensor]:
+    """The weights that a trainer on one process has now, by Hugging Face names: its own tensors,
+    and new ones where a LoRA is merged."""
+    model = trainer.student.model
+    state = model.state_dict()
+    if trainer.config.lora is None:
+        return state
+    from stillroom.train.lora import merged_state
+
+    return merged_state(model, state)
+
+
+def _check(trainer: "ReplayTrainer", refresher: Refresher) -> None:
+    replay, accumulated = trainer.config.replay, trainer.config.gradient_accumulation_steps
+    if trainer.world != 1:
+        do = "Run 'stillroom refresh' and 'stillroom score' as jobs beside the training."
+        raise ConfigError("processes that train", "one, to refresh", f"{trainer.world}", do)
+    every = replay.follow_every_steps
+    if every < 1 or every % accumulated:
+        expected = f"batches between refreshes, a multiple of {accumulated} (an optimiser step)"
+        raise ConfigError("replay.follow_every_steps", expected, f"{every}", "Set it.")
+    if trainer.config.phases:
+        expected, got = "one phase, on the run's cache", f"{len(trainer.config.phases)} phases"
+        raise ConfigError("train.phases", expected, got, "Refresh a run without phases.")
+    if refresher.rows < replay.batch_rows:
+        expected = f"at least replay.batch_rows, {replay.batch_rows} rows a refresh"
+        raise ConfigError("refresh.prompts_per_cycle", expected, f"{refresher.rows}", "Raise it.")
+    if refresher.cache.storage.root != trainer.cache.storage.root:
+        roots = (trainer.cache.storage.root, refresher.cache.storage.root)
+        do = "Refresh the cache that is replayed."
+        raise MismatchError("the refresher's cache", f"{roots[0]}", f"{roots[1]}", do)
+    if trainer.policy_version < 0:
+        do = "Name the initial student when the cache is made: 'stillroom init --student'."
+        raise MismatchError(str(trainer.files.folder), "a policy of the cache", "none of them", do)
+
+
+def _is_due(trainer: "ReplayTrainer") -> bool:
+    """Whether the stream looks for newer rows before the next step."""
+    batches = trainer.step * trainer.config.gradient_accumulation_steps
+    follows = batches % trainer.config.replay.follow_every_steps == 0
+    return follows and 0 < trainer.step < trainer.total_steps
+
+
+def _retire_from(trainer: "ReplayTrainer", step: int) -> None:
+    """Retire what students of this run sampled after so many steps or more, before it was ended."""
+    cache = trainer.cache
+    policies = [read_policy(cache.storage, version) for version in policy_versions(cache.storage)]
+    own = (p for p in policies if p.path is None and p.run == trainer.run and p.step >= step)
+    later = {policy.version for policy in own}
+    for part in cache.parts() if later else ():
+        if policy_of(part) in later:
+            cache.retire(part, f"{trainer.run} was resumed from step {trainer.step}")
