@@ -4,6 +4,7 @@
 .PHONY: help link venv install demo-packages demo test test-slow fuzz lint type build clean
 
 PYTHON ?= python3
+WORKERS ?= 2
 VENV = .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
@@ -11,7 +12,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 help:
 	@echo 'install    make $(VENV) with the exact versions in constraints.txt (PYTHON=... picks the interpreter)'
 	@echo 'demo       prepare and run examples/quickstart'
-	@echo 'test       the quick tests;  test-slow: killed runs, and the quickstart on its real models'
+	@echo 'test       the quick tests, in WORKERS processes (2);  test-slow: killed runs, and the quickstart on its real models'
 	@echo 'fuzz       damaged files of every kind read for FUZZ_SECONDS each (2); needs Linux on x86-64'
 	@echo 'lint       ruff check and format;  type: mypy strict'
 	@echo 'build      sdist and wheel in dist/'
@@ -50,10 +51,10 @@ type: install link
 	$(BIN)/mypy
 
 test: install
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 test-slow: demo-packages
-	$(BIN)/pytest -m '(slow or e2e) and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -m '(slow or e2e) and not gpu'
 
 FUZZ_SECONDS ?= 2
 fuzz: install

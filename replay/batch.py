@@ -34,6 +34,7 @@ LAYOUT: dict[str, tuple[str, type]] = {
     "extra_id": ("PM", np.int32),
     "extra_logprob": ("PM", np.float16),
     "extra_behaviour_logprob": ("PM", np.float32),
+    "extra_likeliest": ("P", np.bool_),
 }
 """Axes and dtype of each array of a micro-batch; E is R + 1."""
 
@@ -59,6 +60,8 @@ class Row:
     """Temperature of its behaviour logprobs; NaN if unknown."""
     cache: int = 0
     """Index of the stream's source that it comes from."""
+    extra_likeliest: bool = False
+    """Whether its extra ids are known to be the sampler's likeliest tokens, and not draws."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +104,14 @@ class MicroBatch:
     """(P,) int16: index of the stream's source that the position comes from."""
     extra_id: np.ndarray
     """(P, M) int32: ids that the student chose, or draws from the teacher's tail, as the cache's
-    identity says; M is 0 without them; -1 where unused. No loss here uses them."""
+    identity says; M is 0 without them; -1 where unused."""
     extra_logprob: np.ndarray
     """(P, M) float16 nats, the teacher's; -inf where unused."""
     extra_behaviour_logprob: np.ndarray
     """(P, M) float32 nats: of the policy that chose them, or of the draw given the tail; NaN where
     unknown or unused."""
+    extra_likeliest: np.ndarray
+    """(P,) bool: the extra ids are known to be the sampler's likeliest tokens, and not draws."""
 
     @property
     def num_positions(self) -> int:
@@ -237,12 +242,13 @@ def _point(
 
 def _copy_scores(out: Arrays, rows: Sequence[Row], counts: Sequence[int]) -> None:
     """Write the columns along positions; each big array is moved once."""
-    of_row: dict[str, list[int] | list[float]] = {
+    of_row: dict[str, list[int] | list[float] | list[bool]] = {
         "policy_version": [int(row.arrays["policy_version_min"][0]) for row in rows],
         "sampling_temperature": [row.sampling_temperature for row in rows],
         "source": [int(row.arrays["source"][0]) for row in rows],
         "row": [row.number for row in rows],
         "cache": [row.cache for row in rows],
+        "extra_likeliest": [row.extra_likeliest for row in rows],
     }
     for name, values in of_row.items():
         out[name][:] = np.repeat(values, counts)

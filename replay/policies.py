@@ -47,8 +47,8 @@ def read_policy(storage: Storage, version: int) -> Policy:
 
     Raises:
         MissingError: there is none of that version.
-        CorruptError: it is damaged, of another version, or has weights outside of the root by a
-            relative path.
+        CorruptError: it is damaged, of another version, not newer than its parent, or has weights
+            outside of the root by a relative path.
     """
     path = policy_path(version)
     where = storage.describe(path)
@@ -64,6 +64,9 @@ def read_policy(storage: Storage, version: int) -> Policy:
         expected = f"policy {version}, its weights below the root or at an absolute path"
         got = f"policy {policy.version} at {policy.path!r:.200}"
         raise CorruptError(where, expected, got, "Restore the file.")
+    if policy.parent is not None and not 0 <= policy.parent < version:
+        got = f"policy {policy.parent}"
+        raise CorruptError(where, f"a parent below {version}", got, "Restore the file.")
     return policy
 
 
@@ -73,6 +76,36 @@ def policy_versions(storage: Storage) -> list[int]:
         e.path.removeprefix("policies/").removesuffix(".json") for e in storage.list("policies")
     ]
     return sorted(int(name) for name in names if name.isdecimal())
+
+
+def newest_kept(storage: Storage) -> int | None:
+    """The newest version whose weights were kept; None without any."""
+    versions = reversed(policy_versions(storage))
+    return next((v for v in versions if read_policy(storage, v).path is not None), None)
+
+
+def free_version(storage: Storage, parent: int) -> int:
+    """The version for a student that was trained from a policy: the next one that is not taken by
+    a student without weights."""
+    version, taken = parent + 1, set(policy_versions(storage))
+    while version in taken and read_policy(storage, version).path is None:
+        version += 1
+    return version
+
+
+def line_of(storage: Storage, version: int, length: int) -> list[int]:
+    """A policy, its parent, the parent's parent and so on, `length` of them at most.
+
+    Raises:
+        MissingError: one of them is not recorded.
+        CorruptError: a record is damaged.
+    """
+    line: list[int] = []
+    next_one: int | None = version
+    while next_one is not None and len(line) < length:
+        line.append(next_one)
+        next_one = read_policy(storage, next_one).parent
+    return line
 
 
 def record_unkept(storage: Storage, *, run: str, parent: int, step: int) -> Policy:

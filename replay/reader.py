@@ -13,6 +13,7 @@ from stillroom.cache.schema import EDGE_OF, Arrays, Axis
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
 from stillroom.replay.batch import Row
+from stillroom.replay.sampler import notes_likeliest
 
 OPEN_SHARDS = 128
 """Each holds its manifest, row edges and lists of ids: about 0.2 MB for 50,000 positions and 2 MB
@@ -50,6 +51,8 @@ class Piece:
     """Name, values, and where each row begins in them; the last entry ends the last one."""
     temperature: float
     """At which the rows were sampled; NaN if unknown."""
+    extra_likeliest: bool
+    """The sampler noted its likeliest tokens as extra ids."""
 
 
 Block = tuple[Piece, ...]
@@ -115,8 +118,9 @@ class RowReader:
             end, before = min(stop, self._ends[part]), self._ends[part - 1] if part else 0
             shard = self._shard(part)
             arrays = shard.rows(start - before, end - before, COLUMNS)
-            temperature = shard.manifest.attributes["sampler"].get("temperature")
-            pieces.append(Piece(start, arrays, _columns(arrays), _number(temperature)))
+            sampler = shard.manifest.attributes["sampler"]
+            temperature, likeliest = _number(sampler.get("temperature")), notes_likeliest(sampler)
+            pieces.append(Piece(start, arrays, _columns(arrays), temperature, likeliest))
             start = end
         return tuple(pieces)
 
@@ -125,7 +129,7 @@ class RowReader:
         piece = block[bisect_right(block, number, key=lambda p: p.first) - 1]
         at = number - piece.first
         arrays = _cut(_one(piece, at), self._max_tokens)
-        return Row(number, arrays, piece.temperature, self._number)
+        return Row(number, arrays, piece.temperature, self._number, piece.extra_likeliest)
 
 
 def _number(temperature: float | None) -> float:

@@ -19,6 +19,7 @@ from stillroom.replay.cycle import (
     plan_cycle,
     store_cycle,
 )
+from stillroom.replay.policies import line_of
 from stillroom.replay.prompts import Prompt
 from stillroom.replay.sampler import SamplerConfig
 
@@ -32,7 +33,8 @@ class RefreshConfig:
     unit_rollouts: int = 4096
     """Rollouts of a part, the unit of scoring work; >= 1."""
     max_lag: int = 1
-    """Parts of policies more than this many versions behind the newest are retired; >= 0."""
+    """Parts of students more than this many behind the newest, from parent to child, are retired;
+    >= 0."""
     seed: int = 0
     """Seed of the sampling."""
 
@@ -88,11 +90,20 @@ def _check_settings(cache: Cache, unit: Unit, asked: dict[str, Any]) -> None:
 
 
 def retire_stale(cache: Cache, policy_version: int, max_lag: int) -> list[str]:
-    """Retire parts that are more than `max_lag` policies behind; returns those retired now."""
+    """Retire parts that are more than `max_lag` policies behind; returns those retired now.
+
+    How far a part is behind is how many of the policy, its parent, the parent's parent and so on
+    are newer than the part's: versions that other runs took, or a run that was resumed from an
+    older checkpoint, do not count.
+
+    Raises:
+        MissingError: the policy, or one that it comes from, is not recorded; none is retired.
+    """
+    line = line_of(cache.storage, policy_version, max_lag + 1)
+    if len(line) <= max_lag:
+        return []
     already = cache.retired()
-    stale = [
-        p for p in cache.parts() if policy_version - policy_of(p) > max_lag and p not in already
-    ]
+    stale = [p for p in cache.parts() if policy_of(p) < line[max_lag] and p not in already]
     for part in stale:
         cache.retire(part, f"more than {max_lag} versions behind policy {policy_version}")
     return stale

@@ -1,6 +1,6 @@
 """What a student sampler is to the rollout job, whichever engine runs it. Needs no torch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -25,8 +25,11 @@ class SamplerConfig:
     top_k: int = 0
     """Keep this many of the likeliest tokens; 0 keeps all."""
     extra: int = 0
-    """Likeliest tokens to note beside each one that is drawn, for a cache that scores M ids of the
-    student; >= 0 and at most M. Those that a filter shut out are not noted."""
+    """Tokens to note beside each one that is drawn, for a cache that scores M ids of the student;
+    >= 0 and at most M. Those that a filter shut out are not noted."""
+    extra_drawn: bool = False
+    """Whether those are further draws, with repeats, for objectives that are made of draws; else
+    they are the likeliest tokens."""
     batch_rows: int = 32
     """Sequences that are generated together; >= 1."""
     dtype: str = "float32"
@@ -42,6 +45,9 @@ class SamplerConfig:
             raise ConfigError(names, "at least 1", got, "Raise them.")
         if self.extra < 0:
             raise ConfigError("sampler.extra", "0 or more", f"{self.extra}", "Change the setting.")
+        if self.extra_drawn and not self.extra:
+            expected, do = "false without extra tokens", "Set sampler.extra to their number."
+            raise ConfigError("sampler.extra_drawn", expected, "true", do)
         if self.dtype not in DTYPES:
             raise ConfigError(
                 "sampler.dtype", f"one of {DTYPES}", repr(self.dtype), "Change the setting."
@@ -54,9 +60,16 @@ class SamplerConfig:
     def recorded(self) -> dict[str, Any]:
         """What decides the distribution and what is noted of it; stored with every part and shard.
         Extra ids stand there only if there are any, so that units without keep their names."""
-        left_out = {"batch_rows", "device"} | (set() if self.extra else {"extra"})
+        left_out = {"batch_rows", "device"}
+        left_out |= {name for name in ("extra", "extra_drawn") if not getattr(self, name)}
         kept = {k: v for k, v in asdict(self).items() if k not in left_out}
         return {**kept, "behaviour_logprob": "after temperature and filters"}
+
+
+def notes_likeliest(recorded: Mapping[str, Any]) -> bool:
+    """Whether the extra ids of rollouts with these sampler settings are likeliest tokens, which
+    stand for no expectation over draws."""
+    return bool(recorded.get("extra", 0)) and not recorded.get("extra_drawn", False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +84,8 @@ class Sampled:
     finish_reason: str
     """stop or length."""
     extra_id: np.ndarray | None = None
-    """(n, M) uint32: the likeliest tokens where each one was drawn; None if none were asked for."""
+    """(n, M) uint32: the likeliest tokens where each one was drawn, or further draws; None if none
+    were asked for."""
     extra_behaviour_logprob: np.ndarray | None = None
     """(n, M) float32, nats: theirs, after temperature and filters; -inf where a filter shut one
     out."""

@@ -77,7 +77,7 @@ class TransformersSampler:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = prompt
             mask[row, width - len(prompt) :] = 1
-        recorder = LogprobRecorder(min(self._config.extra, self._vocab_size))
+        recorder = self._recorder()
         settings = GenerationConfig(
             do_sample=True,
             temperature=1.0,
@@ -100,6 +100,10 @@ class TransformersSampler:
         logprob = recorder.finish(drawn[:, -1])
         columns = [column.cpu().numpy() for column in (drawn, logprob, *recorder.extra())]
         return [self._cut(*row) for row in zip(*columns, strict=True)]
+
+    def _recorder(self) -> "LogprobRecorder":
+        extra, drawn = self._config.extra, self._config.extra_drawn
+        return LogprobRecorder(extra if drawn else min(extra, self._vocab_size), drawn=drawn)
 
     def _filters(self) -> list[LogitsProcessor]:
         filters: list[LogitsProcessor] = [VocabularyMask(self._vocab_size)]
@@ -150,15 +154,16 @@ class LogprobRecorder(LogitsProcessor):
     """Notes the log probability of every drawn token; must be the last processor.
 
     Args:
-        extra: likeliest tokens to note beside each.
+        extra: tokens to note beside each.
+        drawn: whether those are further draws; else they are the likeliest.
     """
 
-    def __init__(self, extra: int = 0) -> None:
+    def __init__(self, extra: int = 0, *, drawn: bool = False) -> None:
         """Start with nothing recorded."""
-        self._extra = extra
+        self._extra, self._draws = extra, drawn
         self._pending: torch.Tensor | None = None
         self._columns: list[torch.Tensor] = []
-        self._likeliest: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._noted: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Note the token drawn from the last step's scores, and keep this step's."""
@@ -176,14 +181,18 @@ class LogprobRecorder(LogitsProcessor):
         return torch.stack(self._columns, dim=1)
 
     def extra(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T, M) ids of the likeliest tokens, and their logprobs."""
-        logprob, ids = zip(*self._likeliest, strict=True)
+        """(B, T, M) ids of the tokens beside the drawn ones, and their logprobs."""
+        logprob, ids = zip(*self._noted, strict=True)
         return torch.stack(ids, dim=1), torch.stack(logprob, dim=1)
 
     def _take(self, drawn: torch.Tensor) -> None:
         assert self._pending is not None
-        logprob, ids = self._pending.topk(self._extra, dim=1)
-        self._likeliest.append((logprob, ids))
+        if self._draws:
+            ids = self._pending.exp().multinomial(self._extra, replacement=True)
+            self._noted.append((self._pending.gather(1, ids), ids))
+        else:
+            logprob, ids = self._pending.topk(self._extra, dim=1)
+            self._noted.append((logprob, ids))
         self._columns.append(self._pending.gather(1, drawn[:, None]).squeeze(1))
 
 

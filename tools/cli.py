@@ -55,7 +55,10 @@ COMMANDS = {
         "the same cache in the other shard format", jobs.ConvertJob, work.convert_cache, False
     ),
     "bench": Command(
-        "measure store, replay or training on this machine", bench.Bench, bench.run_bench, False
+        "measure store, replay, training or quality on this machine",
+        bench.Bench,
+        bench.run_bench,
+        False,
     ),
     "status": Command(
         "teacher, policies, bytes, teacher seconds", looks.Status, looks.run_status, False

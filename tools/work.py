@@ -15,7 +15,14 @@ from stillroom.cache.score import score
 from stillroom.cache.storage import Storage, local_path
 from stillroom.cache.store import IDENTITY_PATH, Cache
 from stillroom.cache.teacher import ScoreSpec, identity_of
-from stillroom.replay.policies import check_student, open_policy, policy_versions, register_initial
+from stillroom.replay.policies import (
+    check_student,
+    free_version,
+    newest_kept,
+    open_policy,
+    policy_versions,
+    register_initial,
+)
 from stillroom.replay.prompts import Prompts, PromptsConfig, load_prompts
 from stillroom.replay.refresh import refresh, retire_stale
 from stillroom.replay.rollout import rollout
@@ -54,12 +61,12 @@ def roll_out(job: RolloutJob) -> int:
     """`stillroom rollout`."""
     cache = Cache.open(job.root)
     student = None if job.student is None else _student(job.student, cache.identity)
-    versions = policy_versions(cache.storage)
-    if not versions and student is None:
+    is_first = not policy_versions(cache.storage)
+    if is_first and student is None:
         do = "Name the initial student with --student."
         raise MissingError(cache.storage.root, "a policy to sample", "none", do)
-    version = job.policy if job.policy is not None else max(versions, default=0)
-    if student is not None and not versions and version == 0:
+    version = job.policy if job.policy is not None else 0 if is_first else _newest(cache)
+    if student is not None and is_first and version == 0:
         files = student
     else:
         files = open_policy(cache.storage, version, student)
@@ -111,13 +118,11 @@ def score_all(job: ScoreJob) -> int:
 
 def train_newest(job: TrainJob) -> int:
     """`stillroom train`."""
-    cache = _cache_to_train_on(job.root)
+    cache, output = _cache_to_train_on(job.root), local_path(job.output).absolute()
     from stillroom.train.parallel import same_on_all_ranks
     from stillroom.train.publish import publish
-    from stillroom.train.run_snapshot import release_snapshot, snapshot_for
+    from stillroom.train.run_snapshot import snapshot_for
     from stillroom.train.trainer import ReplayTrainer
-
-    output = local_path(job.output).absolute()
 
     def choose() -> tuple[int, str]:
         newest = _newest(cache)
@@ -144,7 +149,8 @@ def train_newest(job: TrainJob) -> int:
         cache.storage,
         trainer.student,
         files,
-        version=version + 1,
+        version=free_version(cache.storage, version),
+        parent=version,
         run=job.run_name,
         step=report.student_step,
         state=state,
@@ -165,7 +171,7 @@ def train_newest(job: TrainJob) -> int:
         "pace": report.pace,
     }
     write_file(output / f"{name}.json", jsonfile.dump(record))
-    release_snapshot(cache.storage, output, name)
+    trainer.release()
     _say_trained(report, snapshot.id)
     say(f"train: policy {version} -> {policy.version}, {policy.path}")
     return 0
@@ -176,7 +182,7 @@ def _cache_to_train_on(root: str) -> Cache:
 
     check_publishable(Storage(root))
     cache = Cache.open(root)
-    _newest(cache)
+    _newest(cache, quiet=True)
     if not cache.commits().keys() - cache.retired():
         do = "Run 'stillroom rollout' and 'stillroom score' first."
         raise InputError(cache.storage.root, "scored parts to train on", "none", do)
@@ -234,12 +240,16 @@ def _known(student: str | None) -> ModelFiles | None:
     return None if student is None else inspect_model(student)
 
 
-def _newest(cache: Cache) -> int:
-    versions = policy_versions(cache.storage)
-    if not versions:
+def _newest(cache: Cache, *, quiet: bool = False) -> int:
+    """The newest policy with weights; says so where students without any are newer."""
+    newest = newest_kept(cache.storage)
+    if newest is None:
         do = "Run 'stillroom rollout --student ...' first."
         raise MissingError(cache.storage.root, "a policy", "none", do)
-    return versions[-1]
+    later = policy_versions(cache.storage)[-1]
+    if later > newest and not quiet:
+        say(f"policy {newest} is the newest with weights: later ones, up to {later}, have none")
+    return newest
 
 
 def _prompts(

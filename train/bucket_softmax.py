@@ -63,11 +63,13 @@ def take_scores(logits: Tensor, teacher: TeacherSide, token_id: Tensor) -> Chunk
     """
     bucket_id = _bucket_id(teacher, token_id[:, :1])
     own, picked = logits.gather(1, bucket_id), logits.gather(1, token_id)
-    tail = _tail_softmax(logits, bucket_id, own, teacher)
+    top, tail = _tail_softmax(logits, bucket_id, own, teacher)
     own = own.masked_fill(~teacher.buckets.exists[:, :-1], -math.inf)
-    masses = torch.cat([own, tail[:, None]], dim=1)
+    # What is common to all logits goes before it can take digits from the masses.
+    common = torch.maximum(own.amax(1), top)[:, None]
+    masses = torch.cat([own - common, top[:, None] - common + tail[:, None]], dim=1)
     lse = masses.logsumexp(1, keepdim=True)
-    picked = picked - lse
+    picked = picked - common - lse
     student = StudentSide(masses - lse, picked[:, 1:])
     return ChunkScores(student, picked[:, 0], bucket_id, token_id)
 
@@ -115,12 +117,15 @@ def _bucket_id(teacher: TeacherSide, sampled: Tensor) -> Tensor:
     return torch.where(exists, token_id, stand_in)
 
 
-def _tail_softmax(logits: Tensor, bucket_id: Tensor, own: Tensor, teacher: TeacherSide) -> Tensor:
-    """Leave the tail's softmax in `logits`, and return the tail's logsumexp (n,); -inf if empty."""
+def _tail_softmax(
+    logits: Tensor, bucket_id: Tensor, own: Tensor, teacher: TeacherSide
+) -> tuple[Tensor, Tensor]:
+    """Leave the tail's softmax in `logits`, and return two numbers a row: the tail's largest logit,
+    -inf if the tail is empty, and its logsumexp above that."""
     exists, has_tail = teacher.buckets.exists[:, :-1], teacher.buckets.exists[:, -1]
     fill = torch.where(has_tail, -math.inf, 0.0).to(logits.dtype)[:, None]
     logits.scatter_(1, bucket_id, torch.where(exists.any(1, keepdim=True), fill, own))
-    top = logits.amax(1)
+    top = torch.where(has_tail, logits.amax(1), -math.inf)
     torch.softmax(logits, 1, out=logits)
     # The likeliest token's softmax is exp(top - logsumexp).
-    return torch.where(has_tail, top - logits.amax(1).log(), -math.inf)
+    return top, -logits.amax(1).log()

@@ -95,6 +95,10 @@ class Callback:
     name: str = ""
     """What a checkpoint keeps its state under; without a name it keeps none."""
 
+    def on_open(self, trainer: "ReplayTrainer") -> None:
+        """Called once when the trainer is made, before it takes a snapshot and loads the student;
+        its settings, cache, run, output and policy are known."""
+
     def on_begin(self, trainer: "ReplayTrainer") -> None:
         """Called once before the first step, after a checkpoint was resumed."""
 

@@ -18,8 +18,9 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from stillroom.cache import jsonfile
-from stillroom.cache.errors import CorruptError, StorageError
+from stillroom.cache.errors import CorruptError, MismatchError, StorageError
 from stillroom.replay.state import snapshots_in
+from stillroom.train.decisive import differing, named
 from stillroom.train.durable import fsync, write_folder
 from stillroom.train.full_state import (
     fill_model,
@@ -33,6 +34,7 @@ from stillroom.train.ranks import from_every_rank, from_first_rank, rank
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.pt", "state.json"
 COMPLETE = "complete.json"
 DAMAGED = "It is half written or damaged: delete it to resume from an older one."
+ANOTHER_RUN = "Give those to go on with it, or choose another run name or output."
 START_AGAIN = "Restore one, or delete all of them to start from the beginning."
 
 
@@ -50,6 +52,10 @@ class Progressed:
     """State of the replay stream."""
     callbacks: dict[str, dict[str, Any]]
     """States of the callbacks, by their names."""
+    student: str
+    """Fingerprint of the model that the run began with."""
+    settings: dict[str, Any]
+    """Its decisive settings, by dotted name."""
 
 
 def save_checkpoint(
@@ -155,6 +161,8 @@ def newest_checkpoint(root: Path) -> Path | None:
         CorruptError: there are checkpoints, and none is whole. All keep their names.
         StorageError: one cannot be read.
     """
+    for unfinished in root.glob(".*.tmp"):
+        shutil.rmtree(unfinished)
     damaged: list[tuple[Path, CorruptError]] = []
     for folder in reversed(kept_checkpoints(root)):
         try:
@@ -173,10 +181,43 @@ def newest_checkpoint(root: Path) -> Path | None:
         aside = bad.rename(bad.with_name(f"damaged-{bad.name}-{uuid.uuid4().hex[:8]}"))
         what = f"resuming from {folder.name}, as {bad.name} is damaged ({why.where}: {why.got})"
         print(f"  checkpoints: {what}; it is now {aside}", file=sys.stderr, flush=True)
-    for unfinished in root.glob(".*.tmp"):
-        shutil.rmtree(unfinished)
     fsync(root)
     return folder
+
+
+def newest_progress(root: Path) -> Progressed | None:
+    """Where the newest whole checkpoint below root stood, told to every rank; None without one.
+
+    Raises:
+        CorruptError, StorageError: as `newest_checkpoint`.
+    """
+
+    def read() -> Progressed | None:
+        folder = newest_checkpoint(root)
+        return None if folder is None else read_progress(folder)
+
+    found: Progressed | None = from_first_rank(read)
+    return found
+
+
+def check_same_run(found: Progressed, root: Path, student: str, settings: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint with another student or other settings than it was made of.
+
+    Args:
+        found: where the run stood.
+        root: folder of the run's checkpoints.
+        student: fingerprint of the model that the run begins with now.
+        settings: the decisive ones, now.
+
+    Raises:
+        MismatchError: names what differs, and both values.
+    """
+    if found.student != student:
+        raise MismatchError(str(root), f"a run of student {found.student}", student, ANOTHER_RUN)
+    names = differing(found.settings, settings)
+    if names:
+        expected = f"the settings of the run that is there: {named(found.settings, names)}"
+        raise MismatchError(str(root), expected, named(settings, names), ANOTHER_RUN)
 
 
 def read_progress(folder: Path) -> Progressed:

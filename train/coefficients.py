@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stillroom.train.importance import MAX_LOG_RATIO
+from stillroom.train.importance import ratio_weight
 from stillroom.train.objective import DIVERGENCES, Objective
 from stillroom.train.teacher_side import TeacherSide
 
@@ -185,14 +185,8 @@ def _weight(objective: Objective, teacher: TeacherSide, student: StudentSide) ->
     behaviour = teacher.draws.behaviour_logprob
     if objective.importance == "none" or behaviour is None:
         return torch.ones_like(student.draw)
-    log_ratio = student.draw - behaviour.to(student.draw.dtype)
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    if objective.importance == "tis":
-        return ratio.clamp(max=objective.importance_cap)
-    if objective.importance == "icepop":
-        low, high = objective.importance_range
-        return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
-    return ratio
+    cap, bounds = objective.importance_cap, objective.importance_range
+    return ratio_weight(student.draw, behaviour, objective.importance, cap, bounds)
 
 
 def _times(log_mass: Tensor, x: Tensor) -> Tensor:

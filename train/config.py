@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from stillroom.replay.config import StreamConfig
 from stillroom.train.objective import Objective
 from stillroom.train.phases import Phase
-from stillroom.train.settings import check_setting
+from stillroom.train.settings import check_setting, convert_fields
 
 DEVICES = ("auto", "cpu")
 PARALLEL = ("auto", "ddp", "fsdp")
@@ -54,7 +54,8 @@ class LoraSettings:
     form of peft beside them)."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check types and ranges."""
+        convert_fields(self, "train.lora")
         check_setting("train.lora.r", self.r >= 1, "at least 1", self.r)
         valid = self.alpha > 0 and math.isfinite(self.alpha)
         check_setting("train.lora.alpha", valid, "a finite number above 0", self.alpha)
@@ -88,8 +89,8 @@ class ReplayConfig(Objective):
     """Peak learning rate; > 0."""
     optimizer: str = "AdamW"
     """Name of a class in torch.optim."""
-    optimizer_args: dict[str, float] = field(default_factory=dict)
-    """Further arguments of that class, such as eps."""
+    optimizer_args: dict[str, bool | int | float | tuple[float, ...]] = field(default_factory=dict)
+    """Further arguments of that class, such as eps or betas."""
     weight_decay: float = 0.0
     """Weight decay; >= 0."""
     lr_scheduler_type: str = "constant_with_warmup"
@@ -105,7 +106,9 @@ class ReplayConfig(Objective):
     torch_compile: bool = False
     """Compile the student's layers."""
     loss_bytes: int = 1 << 28
-    """Memory of the loss beyond hidden states, head and their gradients; >= 1 MiB."""
+    """Memory of the loss beyond hidden states, head and their gradients; >= 1 MiB. Not in it are
+    copies of the head: in bfloat16 with bf16, in float32 with its adapters added, and of a
+    bfloat16 head's gradient, which is summed in float32."""
     parallel: str = "auto"
     """How several processes train together: ddp (each holds the whole student), fsdp (weights,
     gradients and the optimiser's state are shared out), or auto (ddp)."""
@@ -140,7 +143,7 @@ class ReplayConfig(Objective):
         return self.lora is not None and self.lora.publish == "adapter"
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check types and ranges."""
         Objective.__post_init__(self)
         check_setting("train.device", self.device in DEVICES, f"one of {DEVICES}", self.device)
         known, parallel = f"one of {PARALLEL}", self.parallel

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from stillroom.cache.errors import MismatchError, NumericsError, StillroomError
-from stillroom.train.target import TeacherTarget, used_extra
+from stillroom.train.target import TeacherBuckets, TeacherTarget, used_extra
+
+WITHOUT = "Set importance='none', or use rollouts whose behaviour logprobs were stored."
+"""What to do about draws without behaviour logprobs."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,8 +43,7 @@ class Draws:
         if self.behaviour_logprob is not None:
             return torch.where(self.used, self.behaviour_logprob, 0.0)
         if bool(self.used.any()):
-            do = "Set importance='none', or use rollouts whose behaviour logprobs were stored."
-            raise MismatchError("TeacherTarget", "behaviour logprobs of the draws", "none", do)
+            raise MismatchError("TeacherTarget", "behaviour logprobs of the draws", "none", WITHOUT)
         return torch.zeros_like(self.teacher_logprob)
 
 
@@ -75,6 +77,22 @@ def extra_draws(target: TeacherTarget, expected: str) -> Draws:
         raise MismatchError("TeacherTarget.extra_id", expected, "no extra ids", do)
     nothing = target.sampled_logprob.new_zeros(used.shape)
     return Draws(nothing.long(), nothing, nothing, used)
+
+
+def check_tail_draws(draws: Draws, target: TeacherTarget, buckets: TeacherBuckets) -> None:
+    """Refuse draws that cannot be the teacher's from its tail, and a tail without any.
+
+    Raises:
+        MismatchError: if a draw is a kept token, or there is none though there is a tail.
+        NumericsError: if the teacher gives a draw no probability.
+    """
+    do = "Use a cache with extra_kind 'tail', or another objective."
+    column, expected = buckets.extra_column, "draws from the teacher's tail"
+    kept = (column >= 0) & (column < buckets.num_kept)
+    refuse(kept, expected, "a kept token", do, MismatchError)
+    has_tail = target.mask & buckets.exists[:, -1] & (target.tail_logprob > -math.inf)
+    refuse(has_tail & ~draws.used.any(1), expected, "none", do, MismatchError)
+    refuse_impossible(draws.where(has_tail[:, None]))
 
 
 def refuse_impossible(draws: Draws) -> None:

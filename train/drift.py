@@ -94,6 +94,7 @@ class DriftCallback(Callback):
         """Start at nothing."""
         self._meter = DriftMeter()
         self._last: dict[str, Any] = {}
+        self._told = False
 
     def on_step(self, trainer: "ReplayTrainer", outcome: StepOutcome) -> None:
         """Add the step; record what is due."""
@@ -133,7 +134,11 @@ class DriftCallback(Callback):
         taken = self._meter.take(trainer.policy_version)
         if trainer.is_main:
             self._last = taken
-            put_drift(trainer.cache.storage, trainer.run, step, taken)
+            if not put_drift(trainer.cache.storage, trainer.run, step, taken) and not self._told:
+                self._told = True
+                what = "has other drift of a run of this name: this run's is not recorded there"
+                do = "give runs on one cache names of their own"
+                trainer.print(f"  drift/{trainer.run}: step {step} {what}; {do}")
             trainer.log(_figures(taken))
 
 
@@ -165,9 +170,12 @@ def _sums(name: str, value: Mapping[str, Any]) -> Sums:
     return sums
 
 
-def put_drift(storage: Storage, run: str, step: int, drift: dict[str, Any]) -> None:
-    """Leave a record in the cache; a rerun of the same step leaves the first one."""
-    storage.put_new(
-        f"drift/{run}/{step:08d}.json",
-        jsonfile.dump_sealed({"run": run, "step": step, "by_policy": drift}),
-    )
+def put_drift(storage: Storage, run: str, step: int, drift: dict[str, Any]) -> bool:
+    """Leave a record in the cache; a record that is there for this run and step stays.
+
+    Returns:
+        Whether the cache has this record now; False where another one is there.
+    """
+    path = f"drift/{run}/{step:08d}.json"
+    data = jsonfile.dump_sealed({"run": run, "step": step, "by_policy": drift})
+    return storage.put_new(path, data) or storage.get(path) == data

@@ -9,20 +9,12 @@ bias them.
 
 # Shapes: T positions, D draws of a position (1 or M), V vocabulary.
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from stillroom.cache.errors import MismatchError
-from stillroom.train.draws import (
-    Draws,
-    extra_draws,
-    refuse,
-    refuse_impossible,
-    sampled_draws,
-)
+from stillroom.train.draws import Draws, check_tail_draws, extra_draws, sampled_draws
 from stillroom.train.importance import draw_weight
 from stillroom.train.objective import DIVERGENCES, Objective
 from stillroom.train.objectives import divergence, kl_terms
@@ -187,20 +179,13 @@ def forward_kl_tail_samples(
     logits = true_columns(student_logits, len(target), temperature, vocab_size)
     draws = extra_draws(target, "the teacher's draws (extra_kind tail)")
     buckets = teacher_buckets(target, logits.shape[1], kept_only=True)
-    num_draws = draws.used.sum(1)
-    has_tail = target.mask & buckets.exists[:, -1] & (target.tail_logprob > -math.inf)
-    do = "Use a cache with extra_kind 'tail', or another objective."
-    kept = (buckets.extra_column >= 0) & (buckets.extra_column < buckets.num_kept)
-    refuse(kept, "draws from the teacher's tail", "a kept token", do, MismatchError)
-    missing = has_tail & (num_draws == 0)
-    refuse(missing, "draws from the teacher's tail", "none", do, MismatchError)
-
+    check_tail_draws(draws, target, buckets)
     both = masses(logits, buckets, temperature)
     kept_terms = kl_terms(both.teacher[:, :-1], both.student[:, :-1]).sum(1)
     logprob = token_logprob(logits, draws.token_id, draws.used, temperature)
-    share = buckets.logprob[:, -1].exp().to(logprob.dtype) / num_draws.clamp(min=1)
+    num_draws = draws.used.sum(1).clamp(min=1)
+    share = buckets.logprob[:, -1].exp().to(logprob.dtype) / num_draws
     counted = draws.used & (share > 0)[:, None]
-    refuse_impossible(draws.where(counted))
     gap = torch.where(counted, draws.teacher_logprob.to(logprob.dtype) - logprob, 0.0)
     return both.spread(kept_terms, len(target)) + share * gap.sum(1)
 
@@ -223,7 +208,6 @@ def _weighted(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the student's logprobs (with gradient), advantages and weights of draws, (T, D) each;
     advantages are 0 where a draw is not used."""
-    refuse_impossible(draws)
     logprob = token_logprob(logits, draws.token_id, draws.used, temperature)
     advantage = draws.teacher_logprob.to(logprob.dtype) - logprob.detach()
     weight = draw_weight(target, draws, logprob.detach(), objective)

@@ -16,7 +16,7 @@ from stillroom.replay.batch import Batch, MicroBatch, idle_micro_batch
 from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.row_filter import RowFilter
-from stillroom.replay.selection import select
+from stillroom.replay.selection import Selection, select
 from stillroom.replay.stream import ReplayStream
 from stillroom.train.hidden_kl import hidden_kl_bound
 from stillroom.train.logit_chunks import logit_chunks
@@ -97,8 +97,7 @@ def evaluate(
     Raises:
         InputError: no row is left, or one is too long and is not to be skipped or truncated.
     """
-    limit, over_long = replay.max_tokens, replay.over_long
-    selection = select(cache, snapshot, RowFilter(), max_tokens=limit, over_long=over_long)
+    selection = measured_rows(cache, snapshot, replay)
     rank, world = (0, 1) if parallel is None else (parallel.rank, parallel.world)
     sums = np.zeros((len(SOURCES), 1 + len(FIGURES)))
     was_training = student.training
@@ -119,6 +118,16 @@ def evaluate(
         if row[0]
     }
     return Evaluation(means, len(selection.rows), selection.left_out, selection.truncated)
+
+
+def measured_rows(cache: Cache, snapshot: Snapshot, replay: StreamConfig) -> Selection:
+    """The rows that `evaluate` would measure.
+
+    Raises:
+        InputError: no row is left, or one is too long and is not to be skipped or truncated.
+    """
+    limit, over_long = replay.max_tokens, replay.over_long
+    return select(cache, snapshot, RowFilter(), max_tokens=limit, over_long=over_long)
 
 
 def _figures(

@@ -6,9 +6,11 @@ from accelerate.utils import gather_object
 from stillroom.cache.errors import ConfigError, MismatchError
 from stillroom.cache.fingerprint import ModelFiles
 from stillroom.cache.snapshot import Snapshot
+from stillroom.cache.storage import local_path
 from stillroom.cache.store import Cache
 from stillroom.replay.policies import check_student, policy_versions, read_policy
 from stillroom.train.config import RUN_NAME, ReplayConfig
+from stillroom.train.ranks import from_every_rank
 
 
 def check_run_name(run: str) -> None:
@@ -49,6 +51,36 @@ def check_ranks_agree(run: str, files: ModelFiles, snapshot: Snapshot) -> None:
             do = "Pin one snapshot, and give it to every rank."
             where = f"{run}, rank {rank}"
             raise MismatchError(where, f"student and snapshot {mine}", f"{theirs}", do)
+
+
+def check_same_rows(source: str, digest: str) -> None:
+    """Refuse ranks that read other rows from a dataset than this one; every rank calls it.
+
+    Raises:
+        MismatchError: names the rank.
+    """
+    for rank, theirs in enumerate(from_every_rank(digest)):
+        if theirs != digest:
+            do = "Give every rank the same file."
+            where = f"{source}, rank {rank}"
+            raise MismatchError(where, f"rows of digest {digest}", theirs, do)
+
+
+def check_not_held_out(where: str, root: str, eval_root: str | None) -> None:
+    """Refuse to train on the cache that the student is measured on.
+
+    Raises:
+        ConfigError: both are one.
+    """
+    if eval_root is not None and place_of(root) == place_of(eval_root):
+        do = "Keep held-out rollouts in a cache of their own."
+        raise ConfigError(where, "another cache than train.eval_root", root, do)
+
+
+def place_of(root: str) -> str:
+    """Where a root is, however it was written."""
+    plain = root.removeprefix("file://")
+    return plain.rstrip("/") if "://" in plain else str(local_path(plain).resolve())
 
 
 def policy_of(files: ModelFiles, cache: Cache) -> int:

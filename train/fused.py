@@ -16,11 +16,12 @@ from torch.autograd.function import once_differentiable
 
 from stillroom.cache.errors import ConfigError, ShapeError
 from stillroom.train.fused_chunks import FusedLoss, Gradients, Work, walk
+from stillroom.train.importance import without_randomness
 from stillroom.train.logit_chunks import LogitChunks
 from stillroom.train.objective import Objective
 from stillroom.train.output_head import OutputHead
 from stillroom.train.target import TeacherTarget
-from stillroom.train.teacher_side import TeacherSide, without_randomness
+from stillroom.train.teacher_side import TeacherSide
 
 __all__ = ["FusedLoss", "fused_loss"]
 
@@ -45,8 +46,9 @@ def fused_loss(
 
     Args:
         hidden: (T, H) float, the trunk's last hidden states.
-        head: the model's. Products are in autocast's dtype where it is on, else in what hidden
-            states and weight promote to; everything after them is in float32 (or float64).
+        head: the model's. Hidden states and weight are multiplied in autocast's dtype where it is
+            on, else in what both promote to; sums, and all that follows, are in float32 (or
+            float64).
         target: teacher values at `temperature`, with what the objective needs.
         objective: which loss; its `cross_entropy` is not read, the weights say it.
         weight: (T,) float, multiplies each position's loss; None is 1. Not read where masked.
@@ -77,8 +79,9 @@ def fused_loss(
     work = Work(row, teacher, objective, target.sampled_id, weight, crossed, ratio)
     made = Gradients.wanted(hidden, head)
     num_spare = int(ratio is not None or (made.any and head.soft_cap is not None))
-    few = hidden.detach()[: len(row)]
-    chunks = LogitChunks(head, few, vocab_size, temperature, max_bytes, num_spare)
+    chunks = LogitChunks(
+        head, hidden.detach()[: len(row)], vocab_size, temperature, max_bytes, num_spare
+    )
     if made.any and chunks.dtype == torch.float16:
         do = "Use bfloat16, or torch.no_grad to measure."
         raise ConfigError("fused_loss", "products in bfloat16 or wider", "float16", do)

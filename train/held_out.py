@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stillroom.cache import jsonfile
-from stillroom.cache.errors import ConfigError, CorruptError, NumericsError
+from stillroom.cache.errors import ConfigError, CorruptError, MismatchError, NumericsError
 from stillroom.cache.pins import pin, renew_pin
-from stillroom.cache.snapshot import Snapshot
+from stillroom.cache.snapshot import Snapshot, snapshot_path
 from stillroom.cache.store import Cache
 from stillroom.train.best import best_of, keep_only, load_best, save_best
 from stillroom.train.callbacks import Callback, StepOutcome
 from stillroom.train.checkpoint import checkpoints_of, kept_checkpoints, read_progress
-from stillroom.train.evaluate import Evaluation, as_json, evaluate
+from stillroom.train.evaluate import Evaluation, as_json, evaluate, measured_rows
+from stillroom.train.fits import place_of
 from stillroom.train.ranks import from_first_rank
 from stillroom.train.run_snapshot import pin_name
 
@@ -64,8 +65,7 @@ class HeldOutCallback(Callback):
     def __init__(self, cache: Cache, root: str) -> None:
         """Open the held-out cache; what is measured is chosen when training begins."""
         self._cache = Cache.open(root)
-        storage = self._cache.storage
-        if storage.root == cache.storage.root:
+        if place_of(root) == place_of(cache.storage.root):
             do = "Keep held-out rollouts in a cache of their own."
             raise ConfigError("train.eval_root", "another cache than is trained on", root, do)
         cache.identity.check_same(self._cache.identity, f"train.eval_root, {root}")
@@ -74,9 +74,16 @@ class HeldOutCallback(Callback):
 
     def on_begin(self, trainer: "ReplayTrainer") -> None:
         """Pin and open what is measured, on a resumed run what it was; forget best students of
-        steps that are yet to come."""
+        steps that are yet to come.
+
+        Raises:
+            InputError: no row of it can be measured, or one is too long and is not to be skipped or
+                truncated.
+            MismatchError: a resumed run measured on another cache.
+        """
         self._state.snapshot = from_first_rank(lambda: self._choose(trainer))
         self._snapshot = self._cache.open_snapshot(self._state.snapshot)
+        measured_rows(self._cache, self._snapshot, trainer.config.replay)
         self._forget(trainer)
         self._stop_if_done(trainer)
 
@@ -115,7 +122,12 @@ class HeldOutCallback(Callback):
         self._state = jsonfile.build(HeldOutState, state, "held-out state in a checkpoint")
 
     def _choose(self, trainer: "ReplayTrainer") -> str:
-        chosen = self._state.snapshot or self._cache.snapshot().id
+        earlier = self._state.snapshot
+        if earlier and not self._cache.storage.exists(snapshot_path(earlier)):
+            expected = f"the cache that the checkpoint measured on, with snapshot {earlier}"
+            do = "Give that one, or choose another run name or output."
+            raise MismatchError("train.eval_root", expected, self._cache.storage.root, do)
+        chosen = earlier or self._cache.snapshot().id
         pin(self._cache.storage, pin_name(trainer.output, trainer.run), {chosen})
         return chosen
 

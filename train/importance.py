@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stillroom.cache.errors import ConfigError, MismatchError
-from stillroom.train.draws import Draws, refuse
+from stillroom.train.draws import WITHOUT, Draws, refuse, refuse_impossible
 from stillroom.train.objective import IMPORTANCE, Objective
 from stillroom.train.target import TeacherTarget
 
@@ -46,8 +46,18 @@ def importance_weight(
         raise ConfigError("importance", f"one of {IMPORTANCE}", repr(kind), "Choose one of them.")
     if kind == "none":
         return torch.ones_like(student_logprob)
-    do = "Set importance='none', or use rollouts whose behaviour logprobs were stored."
-    refuse(behaviour_logprob.isnan(), "a known behaviour logprob", "nan", do)
+    refuse(behaviour_logprob.isnan(), "a known behaviour logprob", "nan", WITHOUT)
+    return ratio_weight(student_logprob, behaviour_logprob, kind, cap, bounds)
+
+
+def ratio_weight(
+    student_logprob: Tensor,
+    behaviour_logprob: Tensor,
+    kind: str,
+    cap: float,
+    bounds: tuple[float, float],
+) -> Tensor:
+    """Return `importance_weight` of a kind that is known and not "none", unchecked: NaN stays."""
     log_ratio = student_logprob - behaviour_logprob.to(student_logprob.dtype)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     if kind == "tis":
@@ -76,21 +86,34 @@ def draw_weight(
         (T, D) float, without gradient.
 
     Raises:
-        MismatchError: if behaviour logprobs are needed and missing, or draws were made greedily.
-        NumericsError: if a behaviour logprob is needed and unknown.
+        MismatchError, NumericsError: as `check_weighted`.
     """
+    check_weighted(draws, objective, target)
     if objective.importance == "none":
         return torch.ones_like(logprob)
-    behaviour = draws.known_behaviour()
-    _check_random(draws, target)
     cap, bounds = objective.importance_cap, objective.importance_range
-    return importance_weight(logprob, behaviour, objective.importance, cap, bounds)
+    behaviour = draws.known_behaviour()
+    return ratio_weight(logprob, behaviour, objective.importance, cap, bounds)
 
 
-def _check_random(draws: Draws, target: TeacherTarget) -> None:
-    if target.sampling_temperature is None:
+def check_weighted(draws: Draws, objective: Objective, target: TeacherTarget) -> None:
+    """Refuse draws that have no advantage or no importance weight.
+
+    Raises:
+        MismatchError: if behaviour logprobs are needed and missing, or draws were made greedily.
+        NumericsError: if the teacher gives a draw no probability, or a behaviour logprob is needed
+            and unknown.
+    """
+    refuse_impossible(draws)
+    if objective.importance == "none":
         return
-    given = torch.where(draws.used.any(1), target.sampling_temperature, math.nan)
-    do = "Set importance='none': a ratio to a policy without randomness means nothing."
-    wrong = (given <= 0) | (given == math.inf)
-    refuse(wrong, "a finite sampling temperature above 0", "another", do, MismatchError)
+    refuse(draws.known_behaviour().isnan(), "a known behaviour logprob", "nan", WITHOUT)
+    if target.sampling_temperature is not None:
+        do = "Set importance='none': a ratio to a policy without randomness means nothing."
+        wrong = draws.used.any(1) & without_randomness(target.sampling_temperature)
+        refuse(wrong, "a finite sampling temperature above 0", "another", do, MismatchError)
+
+
+def without_randomness(temperature: Tensor) -> Tensor:
+    """Return where a sampling temperature is known, but none that logits can be divided by."""
+    return (temperature <= 0) | (temperature == math.inf)

@@ -12,14 +12,17 @@ from torch import Tensor
 from stillroom.train.output_head import OutputHead, wide
 
 WEIGHT_ROWS = 4096
-"""Rows of the weight's gradient that are computed at once where products are in half precision."""
+"""Rows of the weight that are widened at once, or of its gradient that are computed at once, where
+products are of half precision."""
 
 
 class LogitChunks:
     """An output head for chunks of at most `num_rows` positions.
 
-    Its buffers are as large as fit in `max_bytes`, but hold one position at least. On a CPU fresh
-    memory costs page faults, more than any one pass over it, so no chunk allocates one.
+    Logits are sums in float32 also where the factors are in half precision, as those of bfloat16
+    carry an error of 0.06 from 16 on. Its buffers are as large as fit in `max_bytes`, but hold one
+    position at least. On a CPU fresh memory costs page faults, more than any one pass over it, so
+    no chunk allocates one.
 
     Args:
         head: its weight and bias are used without their graph.
@@ -45,7 +48,7 @@ class LogitChunks:
         self.weight = head.weight.detach()[:vocab_size].to(self.dtype)
         self.bias = None
         if head.bias is not None:
-            self.bias = head.bias.detach()[:vocab_size].to(self.dtype)
+            self.bias = head.bias.detach()[:vocab_size].to(dtype)
         self.soft_cap = head.soft_cap
         self.slope = head.scale / temperature
         """Derivative of a logit over the temperature by the product, but for the soft-cap's."""
@@ -66,16 +69,32 @@ class LogitChunks:
 
         It holds them until the next call, and is the caller's to overwrite.
         """
-        logits = self._logits[: len(hidden)]
-        product = logits if self._half is None else self._half[: len(hidden)]
-        # The factor belongs to the product: a pass over (n, V) less.
+        logits, hidden = self._logits[: len(hidden)], hidden.to(self.dtype)
         factor = self.slope if self._cap is None else self.slope / self._cap
-        start, keep = (product, 0.0) if self.bias is None else (self.bias, factor)
-        matrices = hidden.to(self.dtype), self.weight.t()
-        torch.addmm(start, *matrices, beta=keep, alpha=factor, out=product)
-        if product is not logits:
-            logits.copy_(product)
+        if self._half is not None and hidden.is_cuda:
+            self._half_product(hidden, factor, logits)
+        else:
+            self._wide_product(hidden.to(logits.dtype), factor, logits)
         return logits if self._cap is None else logits.tanh_().mul_(self._cap)
+
+    def _half_product(self, hidden: Tensor, factor: float, logits: Tensor) -> None:
+        """Multiply half precision and keep the float32 sums, which only CUDA can."""
+        torch.mm(hidden, self.weight.t(), logits.dtype, out=logits)
+        if self.bias is not None:
+            logits.add_(self.bias)
+        if factor != 1.0:
+            logits.mul_(factor)
+
+    def _wide_product(self, hidden: Tensor, factor: float, logits: Tensor) -> None:
+        """Multiply in the logits' dtype; a half-precision weight is widened by blocks of rows."""
+        vocab_size = len(self.weight)
+        size = vocab_size if self._half is None else WEIGHT_ROWS
+        for first in range(0, vocab_size, size):
+            rows = slice(first, first + size)
+            out, weight = logits[:, rows], self.weight[rows].to(logits.dtype)
+            # The factor belongs to the product: a pass over (n, V) less.
+            start, keep = (out, 0.0) if self.bias is None else (self.bias[rows], factor)
+            torch.addmm(start, hidden, weight.t(), beta=keep, alpha=factor, out=out)
 
     def spare(self, num_rows: int) -> Tensor:
         """A buffer of (num_rows, V) beside the logits."""
@@ -130,7 +149,7 @@ def logit_chunks(
         vocab_size: V without padding of the head. None: all its rows.
 
     Yields:
-        Which positions, and their (n, V) float32 logits (float64 for a product in float64) over the
+        Which positions, and their (n, V) float32 logits (float64 for a product of float64) over the
         temperature. They hold until the next chunk is asked for, and may be overwritten.
     """
     vocab_size = head.weight.shape[0] if vocab_size is None else vocab_size

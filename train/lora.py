@@ -26,8 +26,8 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
     """Put adapters into the model and freeze all other parameters.
 
     Raises:
-        ConfigError: no layer has such a name, one is not linear, or one is an output head that is
-            the input embedding too.
+        ConfigError: no layer has such a name, one is not linear, one is an output head that is the
+            input embedding too, or one is an output head and there is dropout.
     """
     where = "train.lora.target_modules"
     config = LoraConfig(
@@ -38,7 +38,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
         target_modules=list(settings.target_modules) or "all-linear",
         task_type="CAUSAL_LM",
     )
-    _check_targets(model, settings.target_modules)
+    _check_targets(model, settings)
     try:
         inject_adapter_in_model(config, model, ADAPTER)
     except ValueError as error:
@@ -46,17 +46,21 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
         raise ConfigError(where, "names of linear layers", str(error), do) from error
 
 
-def _check_targets(model: PreTrainedModel, names: tuple[str, ...]) -> None:
+def _check_targets(model: PreTrainedModel, settings: LoraSettings) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     where, do = "train.lora.target_modules", "Leave it out."
     for full, module in model.named_modules():
-        if not any(full == name or full.endswith(f".{name}") for name in names):
+        if not any(full == x or full.endswith(f".{x}") for x in settings.target_modules):
             continue
         if not isinstance(module, torch.nn.Linear | Conv1D):
             raise ConfigError(where, "linear layers", f"{full}, {type(module).__name__}", do)
         if module is head and getattr(embedding, "weight", None) is module.weight:
             expected = "no layer whose weight is the input embedding's too"
             raise ConfigError(where, expected, full, do)
+        if module is head and settings.dropout > 0:
+            do = f"Set it to 0, or leave {full} out of {where}."
+            expected = "0 with adapters on the output head, whose loss has no dropout"
+            raise ConfigError("train.lora.dropout", expected, repr(settings.dropout), do)
 
 
 def _adapted(model: torch.nn.Module) -> Iterator[tuple[str, LoraLayer]]:

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from stillroom.train.settings import check_setting
+from stillroom.cache.schema import SOURCES
+from stillroom.train.settings import check_setting, convert_fields
 
 PARAMETERS = {"jsd": "beta", "skew": "alpha", "skew_reverse": "alpha", "mixed": "forward_weight"}
 """The setting that each kind of divergence takes; other kinds take none."""
@@ -25,6 +26,8 @@ COMPARED = {
 IMPORTANCE = ("none", "full", "tis", "icepop")
 WEIGHTED = ("reverse_kl_rb", "policy_gradient", "multi_sample_policy_gradient")
 """Kinds with a term that the importance weight multiplies."""
+LIMITS = {"importance_cap": ("tis", 2.0), "importance_range": ("icepop", (0.5, 5.0))}
+"""Which weights each limit is for, and its default."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,11 +62,11 @@ class Objective:
     """For policy gradients: add the bucketed reverse KL to the advantage, which mostly lowers the
     variance and, with full weights, adds no bias."""
     cross_entropy: float = 0.0
-    """Share of cross-entropy on the sampled token, the rest being the kind's loss; 0 to 1. Its mean
-    is over positions whose text is in cross_entropy_sources."""
+    """Share of cross-entropy on the sampled token, the rest being the kind's loss, which 1 leaves
+    out; 0 to 1. Its mean is over positions whose text is in cross_entropy_sources."""
     cross_entropy_sources: tuple[str, ...] = ("teacher", "dataset")
-    """Sources of text that cross-entropy is taken on; on a student's own text it would only sharpen
-    what the student says already."""
+    """Sources of text that cross-entropy is taken on: unknown, student, teacher, dataset or import;
+    on a student's own text it would only sharpen what the student says already."""
 
     @property
     def param(self) -> float | None:
@@ -72,15 +75,16 @@ class Objective:
         return None if name is None else getattr(self, name)
 
     def __post_init__(self) -> None:
-        """Check ranges, and that nothing is set that the kind does not use."""
+        """Check types and ranges, and that nothing is set that the kind does not use."""
+        convert_fields(self, "train")
         _one_of("kind", self.kind, KINDS)
         _one_of("mode", self.mode, MODES)
         _one_of("importance", self.importance, IMPORTANCE)
         self._check_parameters()
         self._check_mode()
-        self._check_estimators()
-        share = self.cross_entropy
-        check_setting("train.cross_entropy", 0 <= share <= 1, "a share from 0 to 1", share)
+        self._check_weights()
+        self._check_policy_gradient()
+        self._check_cross_entropy()
 
     def _check_parameters(self) -> None:
         for name in dict.fromkeys(PARAMETERS.values()):
@@ -103,20 +107,39 @@ class Objective:
             expected = f"'tail' or 'renorm'; {COMPARED[self.mode]}"
             check_setting("train.mode", self.kind == "forward", expected, self.mode)
 
-    def _check_estimators(self) -> None:
+    def _check_weights(self) -> None:
+        weighted, expected = self.kind in WEIGHTED, f"'full', the default: {self.kind} has none"
+        valid = weighted or self.importance == "full"
+        check_setting("train.importance", valid, expected, self.importance)
         cap, (low, high) = self.importance_cap, self.importance_range
         valid = cap > 0 and math.isfinite(cap)
         check_setting("train.importance_cap", valid, "a finite number above 0", cap)
         valid = 0 < low <= high < math.inf
         check_setting("train.importance_range", valid, "0 < least <= greatest", (low, high))
+        for name, (weights, default) in LIMITS.items():
+            value, expected = getattr(self, name), f"{default}, the default: only {weights} has it"
+            valid = self.importance == weights or value == default
+            check_setting(f"train.{name}", valid, expected, value)
+
+    def _check_policy_gradient(self) -> None:
         gradient = self.kind in ("policy_gradient", "multi_sample_policy_gradient")
+        clip, expected = self.clip_range, "nothing: weights of 1 are never clipped"
+        valid = clip is None or self.importance != "none"
+        check_setting("train.clip_range", valid, expected, clip)
         expected = "nothing: only policy gradients are clipped"
-        clip = self.clip_range
         check_setting("train.clip_range", clip is None or gradient, expected, clip)
         valid = clip is None or 0 < clip < 1
         check_setting("train.clip_range", valid, "between 0 and 1", clip)
         expected = "false: only policy gradients have an advantage"
         check_setting("train.baseline", gradient or not self.baseline, expected, self.baseline)
+
+    def _check_cross_entropy(self) -> None:
+        share, sources = self.cross_entropy, self.cross_entropy_sources
+        check_setting("train.cross_entropy", 0 <= share <= 1, "a share from 0 to 1", share)
+        name = "train.cross_entropy_sources"
+        check_setting(name, set(sources) <= set(SOURCES), f"some of {SOURCES}", sources)
+        expected = "one source at least, as train.cross_entropy is above 0"
+        check_setting(name, bool(sources) or not share, expected, sources)
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -1,7 +1,7 @@
 """Opens what a run's phases are trained on: the streams of its own cache, of other caches, of
 datasets."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,8 @@ from stillroom.cache.identity import Identity
 from stillroom.cache.store import Cache
 from stillroom.replay.pinned import empty_for
 from stillroom.replay.state import snapshots_in
-from stillroom.train.checkpoint import checkpoints_of, newest_checkpoint, read_progress
 from stillroom.train.config import ReplayConfig
-from stillroom.train.fits import check_fits
+from stillroom.train.fits import check_fits, check_not_held_out, check_same_rows, place_of
 from stillroom.train.phase_streams import Opened, PhaseStreams
 from stillroom.train.phases import Phase
 from stillroom.train.run_stream import RunStream
@@ -31,6 +30,8 @@ class PhaseOpener:
     """Opens the data of phases for one rank of a run."""
 
     config: ReplayConfig
+    root: str
+    """Of the run's own cache."""
     student: Student
     files: ModelFiles
     output: Path
@@ -38,6 +39,8 @@ class PhaseOpener:
     rank: int
     world: int
     say: Callable[[str], None]
+    resumed: Mapping[str, Any] | None = None
+    """State of the phases in the checkpoint that the run goes on from."""
 
     def open(self, own: Opened) -> PhaseStreams:
         """All phases of the settings, or the single one that settings without phases mean.
@@ -48,11 +51,17 @@ class PhaseOpener:
         Raises:
             InputError: a dataset cannot be used.
             MissingError: a file or a cache is not there, or its snapshot is gone.
-            MismatchError: a cache does not fit the student.
+            MismatchError: a cache does not fit the student, or ranks have other datasets.
+            ConfigError: a phase is on the held-out cache.
         """
         config, identity = self.config, own.identity
         phases: Sequence[Phase] = config.phases or [
             Phase(num_train_epochs=config.num_train_epochs, max_steps=config.max_steps)
+        ]
+        here = place_of(self.root)
+        phases = [
+            replace(phase, root=None) if phase.root and place_of(phase.root) == here else phase
+            for phase in phases
         ]
 
         def opened(index: int, phase: Phase) -> Opened:
@@ -62,10 +71,11 @@ class PhaseOpener:
             return self._cache(phase.root, index)
 
         accumulated = config.gradient_accumulation_steps
-        return PhaseStreams(phases, config.phase_cycles, accumulated, own, opened)
+        return PhaseStreams(phases, config.phase_cycles, accumulated, own, opened, self.resumed)
 
     def _dataset(self, settings: SupervisedConfig, identity: Identity) -> Opened:
         rows = load_rows(settings, self.files)
+        check_same_rows(settings.source, rows.digest)
         if rows.missing:
             self.say(f"  {settings.source}: {rows.missing}")
         stream = SupervisedStream(
@@ -83,6 +93,7 @@ class PhaseOpener:
         """Another cache at what its rows were when the run began, pinned under a name of its own;
         newer ones are not taken up."""
         cache = Cache.open(root)
+        check_not_held_out("phase.root", root, self.config.eval_root)
         check_fits(self.files, cache, replace(self.config, temperature=None))
         name = f"{self.run}-phase{index}"
         opened = RunStream(cache, self.output, name, self.rank, self.world)
@@ -94,11 +105,8 @@ class PhaseOpener:
 
     def _resumed(self, index: int) -> str | None:
         """The snapshot of a phase's cache that the newest checkpoint was on."""
-        folder = newest_checkpoint(checkpoints_of(self.output, self.run))
-        if folder is None:
-            return None
-        states: dict[str, Any] = read_progress(folder).callbacks.get(PhaseStreams.name, {})
-        stored = states.get("streams", {}).get(str(index))
+        streams = {} if self.resumed is None else self.resumed.get("streams", {})
+        stored = streams.get(str(index))
         return None if stored is None else snapshots_in(stored)[0]
 
 

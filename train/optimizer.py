@@ -82,10 +82,19 @@ def scaled_rate(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[Non
 
 
 def check_trainable(config: ReplayConfig) -> None:
-    """Refuse settings that no optimiser or schedule can be made of.
+    """Refuse settings that no optimiser or schedule can be made of, or whose optimiser does not
+    take what is trained: matrices and vectors with dense gradients, or adapters' matrices alone.
 
     Raises:
         ConfigError: names the setting.
     """
-    matrix = torch.nn.Linear(1, 1, bias=False)
-    make_schedule(make_optimizer(matrix.parameters(), config), config, total_steps=1)
+    layer = torch.nn.Linear(1, 1, bias=config.lora is None)
+    optimizer = make_optimizer(layer.parameters(), config)
+    make_schedule(optimizer, config, total_steps=1)
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizer.step()
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        expected, got = "an optimiser that can take a step", f"{config.optimizer!r}: {error}"
+        raise ConfigError("train.optimizer", expected, got, OPTIMIZERS) from error

@@ -53,8 +53,8 @@ class OutputHead:
         )
 
     def product_dtype(self, hidden: Tensor) -> torch.dtype:
-        """The dtype of the product of weight and hidden states: autocast's where it is on, else the
-        one that both promote to."""
+        """The dtype in which weight and hidden states are multiplied: autocast's where it is on,
+        else the one that both promote to."""
         dtype = torch.promote_types(hidden.dtype, self.weight.dtype)
         device = hidden.device.type
         if dtype != torch.float64 and torch.is_autocast_enabled(device):
@@ -62,14 +62,16 @@ class OutputHead:
         return dtype
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states (T, H): (T, V) float32, float64 for a product in float64.
+        """Logits of hidden states (T, H): (T, V) float32, float64 for a product of float64.
 
-        Plain and with autograd's gradient: for references and few positions.
+        Half-precision factors are multiplied as they are and added up in float32. Plain and with
+        autograd's gradient: for references and few positions.
         """
         dtype = self.product_dtype(hidden)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        product = functional.linear(hidden.to(dtype), self.weight.to(dtype), bias)
-        logits = product.to(wide(dtype)) * self.scale
+        hidden, weight = (x.to(dtype).to(wide(dtype)) for x in (hidden, self.weight))
+        bias = None if self.bias is None else self.bias.to(wide(dtype))
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = functional.linear(hidden, weight, bias) * self.scale
         if self.soft_cap is None:
             return logits
         return torch.tanh(logits / self.soft_cap) * self.soft_cap
@@ -104,8 +106,9 @@ def _lora(head: Any) -> tuple[Tensor, Tensor | None]:
         return weight, bias
     _refuse_more_than_lora(head, active)
     (name,) = active
-    delta = head.lora_B[name].weight @ head.lora_A[name].weight * head.scaling[name]
-    return weight + delta.to(weight.dtype), bias
+    up, down = (side[name].weight.to(weight.dtype) for side in (head.lora_B, head.lora_A))
+    with torch.autocast(weight.device.type, enabled=False):
+        return torch.addmm(weight, up, down, alpha=head.scaling[name]), bias
 
 
 def _refuse_more_than_lora(head: Any, active: list[str]) -> None:

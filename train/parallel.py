@@ -6,6 +6,8 @@ gradients and the optimiser's state are shared out among them (`fsdp`, FSDP2: a 
 layer, and one for the rest). The model stays what it was: its parameters keep their names.
 """
 
+import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -53,7 +55,8 @@ class Parallel:
     weights' dtype, and with bf16 are reduced in float32.
 
     Args:
-        model: on its device, with its final parameters; its forward runs functions from now on.
+        model: on its device, with its final parameters. Its forward runs functions from now on;
+            given anything else it is what it was.
         how: ddp, fsdp, or auto (ddp). One process alone needs neither.
         bf16: with fsdp, let weights travel and multiply in bfloat16; they stay in their own dtype
             where they are shared out.
@@ -70,11 +73,11 @@ class Parallel:
         self.kind = "none" if self.world == 1 else {"auto": "ddp"}.get(how, how)
         self.units = 0
         """Units that were sharded."""
-        vars(model)["forward"] = _apply
+        vars(model)["forward"] = _Forward(model)
         self._wrapped: torch.nn.Module = model
         if self.kind == "ddp":
             self._wrapped = DistributedDataParallel(
-                model, broadcast_buffers=False, gradient_as_bucket_view=True
+                model, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
         elif self.kind == "fsdp":
             self.units = _shard(model, bf16)
@@ -138,8 +141,27 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     raise InputError(type(model).__name__, f"a list of {count} decoder layers", "none", do)
 
 
-def _apply(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
+class _Forward:
+    """A model's forward, or a function in its place: no model takes one as its first argument.
+
+    It does not keep the model, so that this is freed at once when nobody else does.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Keep the signature too, by which transformers checks arguments of `generate`."""
+        self._model = weakref.ref(model)
+        self.__signature__ = inspect.signature(model.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function with what follows it, or the forward of the model's class."""
+        if args and callable(args[0]):
+            return args[0](*args[1:])
+        model: Any = self._model()
+        return type(model).forward(model, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model has one of its own."""
+        return _Forward, (self._model(),)
 
 
 def _shard(model: PreTrainedModel, bf16: bool) -> int:

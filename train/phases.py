@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from stillroom.cache.errors import ConfigError
 from stillroom.train.objective import Objective
-from stillroom.train.settings import check_setting
+from stillroom.train.settings import check_setting, convert_fields
 from stillroom.train.supervised_data import SupervisedConfig
 
 DATASET = "dataset"
@@ -34,7 +34,8 @@ class Phase:
     """Peak learning rate, in place of the run's, whose schedule goes on over all phases; > 0."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check types and ranges."""
+        convert_fields(self, "phase")
         expected = "nothing beside supervised: a phase has one kind of data"
         check_setting("phase.root", self.root is None or self.supervised is None, expected, self)
         for name in ("num_train_epochs", "learning_rate"):

@@ -29,13 +29,13 @@ from stillroom.train.preflight import (
     check_machine,
     check_models,
     check_output,
-    check_phases,
     check_root,
     check_teacher,
     describe_prompts,
     read_prompts,
     settings_of,
 )
+from stillroom.train.preflight_data import check_held_out, check_phases
 from stillroom.train.run_config import RunConfig
 from stillroom.train.stages import StageLog
 from stillroom.train.summary import Summary, round_of
@@ -105,7 +105,8 @@ class Pipeline:
     def _check_inputs(self) -> None:
         """The checks that load models and prompts; skipped when all is done."""
         check_machine(self._config)
-        check_phases(self._config, self._models)
+        check_held_out(self._config, self._models.identity)
+        check_phases(self._config, self._models.student)
         for source, prompts in zip(
             (self._config.prompts, self._config.held_out), self._loaded, strict=True
         ):
@@ -172,7 +173,7 @@ class Pipeline:
 
     def _train(self, version: int) -> Result:
         from stillroom.train.publish import publish
-        from stillroom.train.run_snapshot import release_snapshot, snapshot_for
+        from stillroom.train.run_snapshot import snapshot_for
         from stillroom.train.trainer import ReplayTrainer
 
         files = open_policy(self._cache.storage, version, self._models.student)
@@ -193,12 +194,13 @@ class Pipeline:
             trainer.student,
             files,
             version=version + 1,
+            parent=version,
             run=self.name,
             step=report.student_step,
             state=trainer.parallel.full_state_dict(),
             adapter=self._config.train.publishes_adapter,
         )
-        release_snapshot(self._cache.storage, self._output, run)
+        trainer.release()
         values = {
             "snapshot": snapshot.id,
             "cached_positions": snapshot.positions,
@@ -209,6 +211,9 @@ class Pipeline:
             "left_out": report.left_out,
             "truncated": report.truncated,
             "drift": report.drift,
+            "stopped": report.stopped,
+            "held_out": report.held_out,
+            "pace": report.pace,
             "loss_nats": report.losses[-1] if report.losses else None,
         }
         return [(self._root, policy_path(version + 1))], values

@@ -1,6 +1,6 @@
 """What `run` checks before it writes anything: models, tokenizers, settings, prompts, the root."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +14,8 @@ from stillroom.cache.store import IDENTITY_PATH, Cache
 from stillroom.cache.teacher import ScoreSpec, Teacher, identity_of
 from stillroom.replay.policies import check_student
 from stillroom.replay.prompts import Prompts, load_prompts
+from stillroom.train.decisive import decisive_settings, differing, named
 from stillroom.train.run_config import RunConfig
-
-FREE = frozenset(
-    {
-        "rounds",
-        "accept_numerics",
-        "teacher.max_batch_tokens",
-        "teacher.head_rows",
-        "teacher.device",
-        "sampler.device",
-        "train.device",
-        "train.save_steps",
-        "train.save_total_limit",
-        "train.drift_every_steps",
-        "train.replay.max_tokens",
-        "train.replay.cached_bytes",
-        "train.replay.ahead_bytes",
-        "train.replay.threads",
-        "train.replay.share_prompts",
-        "train.replay.even_ranks",
-    }
-)
-"""Settings that may change while a run goes on: they decide how it runs, not what it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,21 +71,16 @@ def check_output(path: Path, config: RunConfig) -> None:
         do = "Restore the file, or give another output."
         raise CorruptError(str(path), "a run's settings by name", got, do)
     now = settings_of(config)
-    differing = sorted(k for k in now.keys() | earlier.keys() if now.get(k) != earlier.get(k))
-    if differing:
-        raise ConfigError(
-            str(path),
-            "the settings of the run that is there: "
-            + ", ".join(f"{k} = {earlier.get(k)!r}" for k in differing),
-            ", ".join(f"{k} = {now.get(k)!r}" for k in differing),
-            "Give those settings, or another output and root.",
-        )
+    names = differing(earlier, now)
+    if names:
+        expected = f"the settings of the run that is there: {named(earlier, names)}"
+        do = "Give those settings, or another output and root."
+        raise ConfigError(str(path), expected, named(now, names), do)
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
     """The settings that decide what a run is, by dotted name, as they come back from JSON."""
-    flat = jsonfile.load(jsonfile.dump(_flat(asdict(config), "")), "settings")
-    return {name: value for name, value in flat.items() if name not in FREE}
+    return decisive_settings(config)
 
 
 def check_machine(config: RunConfig) -> None:
@@ -121,25 +95,6 @@ def check_machine(config: RunConfig) -> None:
     for device in (config.teacher.device, config.sampler.device, config.train.device):
         pick_device(device)
     check_trainable(config.train)
-
-
-def check_phases(config: RunConfig, models: Models) -> None:
-    """Refuse phases on datasets that cannot be used, and on caches that the student does not fit.
-
-    Raises:
-        MissingError: a file or a cache is not there.
-        InputError: a dataset cannot be used.
-        MismatchError: a cache has another tokenizer.
-    """
-    from stillroom.train.fits import check_fits
-    from stillroom.train.open_phases import load_rows
-
-    for phase in config.train.phases:
-        if phase.supervised is not None:
-            load_rows(phase.supervised, models.student)
-        elif phase.root is not None:
-            any_temperature = replace(config.train, temperature=None)
-            check_fits(models.student, Cache.open(phase.root), any_temperature)
 
 
 def check_teacher(teacher: Teacher, identity: Identity) -> None:
@@ -192,10 +147,3 @@ def describe_prompts(source: str, prompts: Prompts) -> str:
         f"{source}: {len(prompts.prompts)} prompts; left out: {prompts.num_too_long} too long, "
         f"{prompts.num_duplicates} twice"
     )
-
-
-def _flat(value: dict[str, Any], prefix: str) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, item in value.items():
-        out |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
-    return out

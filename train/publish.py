@@ -1,27 +1,37 @@
-"""Publishing a student: its weights as a folder below the root, then the record that names them.
+"""Saving a student as a folder, and publishing one: its weights as a folder below the root, then
+the record that names them.
 
 The folder is a plain model with its tokenizer, whatever it was trained with: adapters are added to
 the weights, and shards are put together.
 """
 
 import shutil
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from stillroom.cache.errors import MismatchError, StorageError
+from stillroom.cache.errors import ConfigError, MismatchError, StorageError
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
-from stillroom.cache.storage import Storage
+from stillroom.cache.storage import Storage, local_path
 from stillroom.replay.policies import Policy, put_policy, read_policy
 from stillroom.train.durable import write_folder
 from stillroom.train.lora import has_lora, merged_state, save_adapter
+from stillroom.train.ranks import from_first_rank
 from stillroom.train.student import Student
+
+if TYPE_CHECKING:
+    from stillroom.train.trainer import ReplayTrainer
 
 ADAPTER = "adapter"
 """Sub-folder of a published policy that holds its LoRA as peft reads it, where that is wanted."""
+ABANDONED_AFTER_S = 24 * 3600.0
+"""An unfinished folder of a policy that was not written to for so long belongs to nobody."""
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -30,6 +40,40 @@ TOKENIZER_FILES = (
     "chat_template*",
     "*.model",
 )
+
+
+def save_student(trainer: "ReplayTrainer", folder: str | Path) -> Path:
+    """Save a trainer's student as a plain Hugging Face model with its tokenizer; with LoRA settings
+    of `publish: adapter`, the LoRA is in its sub-folder `adapter`. Every rank calls it.
+
+    Args:
+        trainer: after `train`, or at any step of it.
+        folder: where to; it must not be there yet, and is there whole or not at all.
+
+    Returns:
+        The folder, as an absolute path.
+
+    Raises:
+        ConfigError: there is something already.
+        StorageError: it cannot be written.
+    """
+    target = local_path(str(folder)).absolute()
+    state = trainer.parallel.full_state_dict()
+
+    def save() -> None:
+        if target.exists():
+            do = "Choose another, or remove it."
+            raise ConfigError(str(target), "a folder that is not there yet", "one that is", do)
+
+        def fill(temporary: Path) -> str:
+            adapter = trainer.config.publishes_adapter
+            _save(trainer.student.model, state, trainer.files, temporary, adapter)
+            return target.name
+
+        write_folder(target.parent, fill)
+
+    from_first_rank(save)
+    return target
 
 
 def check_publishable(storage: Storage) -> None:
@@ -49,6 +93,7 @@ def publish(
     parent_files: ModelFiles,
     *,
     version: int,
+    parent: int,
     run: str,
     step: int,
     state: Mapping[str, torch.Tensor] | None = None,
@@ -60,7 +105,8 @@ def publish(
         storage: the cache's; a local folder.
         student: what was trained.
         parent_files: the policy that it was trained from; its tokenizer files are taken over.
-        version: the version to publish, one above its parent.
+        version: the version to publish.
+        parent: the version that it was trained from, a lower one.
         run: the run that trained it.
         step: optimiser steps that it took.
         state: its whole state with adapters, from `Parallel.full_state_dict`; None takes the
@@ -72,25 +118,27 @@ def publish(
 
     Raises:
         StorageError: the root is no local folder.
-        MismatchError: the version exists with other weights.
+        MismatchError: the version exists with other weights, or another parent.
+        ConfigError: the version is not above its parent.
     """
     check_publishable(storage)
+    if not 0 <= parent < version:
+        expected = f"one above its parent, {parent}"
+        raise ConfigError("the version to publish", expected, f"{version}", "Swap them.")
     base = storage.folder
 
     def fill(folder: Path) -> str:
         whole = student.model.state_dict() if state is None else dict(state)
-        _save(student.model, whole, parent_files, folder)
-        if adapter:
-            (folder / ADAPTER).mkdir()
-            save_adapter(student.model, whole, folder / ADAPTER, str(parent_files.folder))
+        _save(student.model, whole, parent_files, folder, adapter)
         return f"v{version:06d}-{inspect_model(str(folder)).fingerprint}"
 
+    _sweep(base / "policies")
     folder = write_folder(base / "policies", fill)
     fingerprint = inspect_model(str(folder)).fingerprint
     policy = Policy(
         version=version,
         run=run,
-        parent=version - 1,
+        parent=parent,
         step=step,
         path=f"policies/{folder.name}",
         fingerprint=fingerprint,
@@ -99,13 +147,23 @@ def publish(
     return policy
 
 
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left unfinished: no publishing takes so long between files."""
+    for unfinished in folder.glob(".*.tmp"):
+        with suppress(FileNotFoundError):
+            touched = max(path.stat().st_mtime for path in (unfinished, *unfinished.rglob("*")))
+            if time.time() - touched > ABANDONED_AFTER_S:
+                shutil.rmtree(unfinished)
+
+
 def _put(storage: Storage, policy: Policy) -> None:
     if put_policy(storage, policy):
         return
     first = read_policy(storage, policy.version)
-    if first.fingerprint != policy.fingerprint:
+    if (first.fingerprint, first.parent) != (policy.fingerprint, policy.parent):
         do = "Another run published this version: train from the newest policy instead."
-        expected, got = f"fingerprint {policy.fingerprint}", f"{first.fingerprint} of {first.run}"
+        expected = f"fingerprint {policy.fingerprint}, trained from policy {policy.parent}"
+        got = f"{first.fingerprint} of {first.run}, from {first.parent}"
         raise MismatchError(f"policy {policy.version}", expected, got, do)
 
 
@@ -114,9 +172,10 @@ def _save(
     state: dict[str, torch.Tensor],
     parent_files: ModelFiles,
     folder: Path,
+    adapter: bool,
 ) -> None:
     """Write a whole state through a model of the same configuration that holds no weights: the
-    trained one may have adapters, or shards of them."""
+    trained one may have adapters, or shards of them. The LoRA goes beside it where wanted."""
     weights = merged_state(model, state) if has_lora(model) else state
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(model.config, dtype=_dtype(weights))
@@ -130,6 +189,9 @@ def _save(
         for path in parent_files.folder.glob(pattern):
             if not (folder / path.name).exists() and path.is_file():
                 shutil.copyfile(path, folder / path.name)
+    if adapter:
+        (folder / ADAPTER).mkdir()
+        save_adapter(model, state, folder / ADAPTER, str(parent_files.folder))
 
 
 def _dtype(weights: Mapping[str, torch.Tensor]) -> torch.dtype:

@@ -18,13 +18,15 @@ from stillroom.cache.part import policy_of
 from stillroom.cache.score import score
 from stillroom.cache.store import Cache
 from stillroom.cache.teacher import Teacher
-from stillroom.replay.policies import policy_versions, read_policy, record_unkept
+from stillroom.replay.policies import Policy, policy_versions, read_policy, record_unkept
 from stillroom.replay.prompts import Prompt
 from stillroom.replay.refresh import RefreshConfig, refresh, retire_stale
 from stillroom.replay.rollout import rollout
 from stillroom.replay.sampler import SamplerConfig, StudentSampler
 from stillroom.replay.transformers_sampler import TransformersSampler
 from stillroom.train.callbacks import Callback, StepOutcome
+from stillroom.train.checkpoint import checkpoints_of, newest_checkpoint
+from stillroom.train.run_snapshot import pin_name
 
 if TYPE_CHECKING:
     from stillroom.train.report import TrainReport
@@ -113,8 +115,12 @@ class RefreshCallback(Callback):
     The stream takes up the new rows with the next step. What is replayed then is that of the last
     `max_lag + 1` students. Needs a second copy of the student's buffers, but shares its weights; a
     LoRA's are merged into new ones. A run that is resumed retires what its students after the
-    checkpoint had sampled, and samples anew, so it goes on otherwise than it did before. No other
-    run refreshes the cache at the same time.
+    checkpoint had sampled, and samples anew, so it goes on otherwise than it did before. What those
+    students had retired stays so: with a checkpoint at least every `follow_every_steps` batches,
+    that is the rows of one student at most. A run that starts again without a checkpoint retires
+    all that its students had sampled, and samples first where nothing is left to replay. A run is
+    known by its name and its output folder; one that was moved leaves alone what it sampled before.
+    No other run refreshes the cache at the same time.
 
     Args:
         refresher: makes new rows; of the trainer's cache.
@@ -128,8 +134,9 @@ class RefreshCallback(Callback):
         self._version: int | None = None
         self._sampler: TransformersSampler | None = None
 
-    def on_begin(self, trainer: "ReplayTrainer") -> None:
-        """Check that this trainer can be refreshed.
+    def on_open(self, trainer: "ReplayTrainer") -> None:
+        """Check that this trainer can be refreshed, and leave what a run that starts again had
+        sampled, so that no snapshot of it is taken.
 
         Raises:
             ConfigError: several processes, or phases; a stream that does not follow its cache by
@@ -137,10 +144,26 @@ class RefreshCallback(Callback):
             MismatchError: another cache, or a student that is none of its policies.
         """
         _check(trainer, self._refresher)
+        if newest_checkpoint(checkpoints_of(trainer.output, trainer.run)) is not None:
+            return
+        _retire_from(trainer, 0)
+        if not trainer.cache.commits().keys() - trainer.cache.retired():
+            policy = _record(trainer)
+            sampler = self._refresher.sampler
+            self._refresher(policy.version, lambda: TransformersSampler(trainer.files, sampler))
+            self._version = trainer.policy_version = policy.version
+
+    def on_begin(self, trainer: "ReplayTrainer") -> None:
+        """Leave what was sampled after the checkpoint; a refresh of this very step is done anew."""
+        due = _is_due(trainer)
+        start = trainer.step if due else trainer.step + 1
         if self._version is not None:
-            trainer.policy_version = self._version
-        _retire_from(trainer, trainer.step if _is_due(trainer) else trainer.step + 1)
-        if _is_due(trainer):
+            policy = read_policy(trainer.cache.storage, self._version)
+            trainer.policy_version = policy.version
+            if policy.step >= start and policy.parent is not None:
+                trainer.policy_version = policy.parent
+        _retire_from(trainer, start)
+        if due:
             self._refresh(trainer)
 
     def on_step(self, trainer: "ReplayTrainer", outcome: StepOutcome) -> None:
@@ -170,9 +193,7 @@ class RefreshCallback(Callback):
         self._version = version
 
     def _refresh(self, trainer: "ReplayTrainer") -> None:
-        policy = record_unkept(
-            trainer.cache.storage, run=trainer.run, parent=trainer.policy_version, step=trainer.step
-        )
+        policy = _record(trainer)
         done = self._refresher(policy.version, lambda: self._sampler_now(trainer))
         self._version = trainer.policy_version = policy.version
         trainer.log({f"refresh/{name}": value for name, value in asdict(done).items()})
@@ -227,11 +248,17 @@ def _is_due(trainer: "ReplayTrainer") -> bool:
     return follows and 0 < trainer.step < trainer.total_steps
 
 
+def _record(trainer: "ReplayTrainer") -> Policy:
+    """Give the student of this moment a version."""
+    run, parent = pin_name(trainer.output, trainer.run), trainer.policy_version
+    return record_unkept(trainer.cache.storage, run=run, parent=parent, step=trainer.step)
+
+
 def _retire_from(trainer: "ReplayTrainer", step: int) -> None:
     """Retire what students of this run sampled after so many steps or more, before it was ended."""
-    cache = trainer.cache
+    cache, run = trainer.cache, pin_name(trainer.output, trainer.run)
     policies = [read_policy(cache.storage, version) for version in policy_versions(cache.storage)]
-    own = (p for p in policies if p.path is None and p.run == trainer.run and p.step >= step)
+    own = (p for p in policies if p.path is None and p.run == run and p.step >= step)
     later = {policy.version for policy in own}
     for part in cache.parts() if later else ():
         if policy_of(part) in later:

@@ -19,6 +19,8 @@ from stillroom.train.student import Student, to_target
 
 NEEDS_EXTRA = {"multi_sample_policy_gradient": "student", "forward_kl_tail_samples": "tail"}
 """Whose extra ids the cache must hold for a kind of objective."""
+DRAWN = "multi_sample_policy_gradient"
+"""The kind whose extra ids must be draws of the sampling policy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class StepCount:
     """What the losses of a step are divided by."""
 
     positions: int
-    """N, its scored tokens on all ranks."""
+    """N, its scored tokens on all ranks; 0 gives a loss of 0."""
     cross_entropy: int = 0
     """Those of them that cross-entropy is taken on."""
 
@@ -80,8 +82,13 @@ class ReplayLoss:
 
         Returns:
             `total` () with a gradient, nats; the rest (P,) without, at each position.
+
+        Raises:
+            MismatchError: the objective is made of draws, and extra ids are likeliest tokens.
+            StillroomError: as `fused_loss`.
         """
         batch = idle_micro_batch() if micro is None else micro
+        self._refuse_likeliest(batch)
         device, objective = self.student.model.device, self.objective
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.student.hidden(batch)
@@ -102,13 +109,20 @@ class ReplayLoss:
             )
         return loss._replace(total=loss.total * scale)
 
+    def _refuse_likeliest(self, micro: MicroBatch) -> None:
+        if self.objective.kind == DRAWN and micro.extra_likeliest.any():
+            row = int(micro.row[np.argmax(micro.extra_likeliest)])
+            do = "Sample with sampler.extra_drawn, or choose a divergence, which takes any ids."
+            expected = f"draws of the sampler as extra ids, which {DRAWN} is an expectation over"
+            raise MismatchError(f"row {row}, extra_id", expected, "its likeliest tokens", do)
+
     def _weights(
         self, micro: MicroBatch, count: StepCount, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What each position's loss and cross-entropy are multiplied by, (P,) each."""
         share, size = self.objective.cross_entropy, micro.num_positions
         dtype = torch.promote_types(like.dtype, torch.float32)
-        weight = like.new_full((size,), (1 - share) / count.positions, dtype=dtype)
+        weight = like.new_full((size,), (1 - share) / max(1, count.positions), dtype=dtype)
         if not share:
             return weight, None
         crossed = torch.from_numpy(self.crossed(micro)).to(like.device, dtype)

@@ -16,7 +16,7 @@ class TrainReport:
     positions: int = 0
     """Scored tokens replayed, repeats counted."""
     losses: list[float] = field(default_factory=list)
-    """Mean loss of each step, nats a position."""
+    """Mean loss of each step since the run was last started or resumed, nats a position."""
     student_step: int = 0
     """Optimiser steps that the student has taken: fewer than `steps` where its best is back."""
     drift: dict[str, Any] = field(default_factory=dict)

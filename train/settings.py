@@ -77,6 +77,22 @@ def build_settings(cls: type[Any], values: Any, where: str, *, absent: Any = Non
     return cls(**converted) if absent is None else unfinished(cls, converted, absent)
 
 
+def convert_fields(settings: Any, where: str) -> None:
+    """Give each field of a settings dataclass the type that it is declared with, for its
+    `__post_init__`: what a YAML file may hold is converted likewise.
+
+    Args:
+        settings: the dataclass.
+        where: what comes before its fields' names in messages.
+
+    Raises:
+        ConfigError: names the field and what it takes.
+    """
+    for name, hint in typing.get_type_hints(type(settings)).items():
+        value = _convert(hint, getattr(settings, name), f"{where}.{name}", None)
+        object.__setattr__(settings, name, value)
+
+
 def unfinished(cls: type[Any], values: dict[str, Any], absent: Any) -> Any:
     """Settings that nobody has checked yet, with `absent` where a required value is missing."""
     made, hints = object.__new__(cls), typing.get_type_hints(cls)
@@ -96,6 +112,8 @@ def unfinished(cls: type[Any], values: dict[str, Any], absent: Any) -> Any:
 
 def _convert(hint: Any, value: Any, where: str, absent: Any) -> Any:
     if dataclasses.is_dataclass(hint):
+        if isinstance(value, typing.cast(type[Any], hint)):
+            return value
         return build_settings(typing.cast(type[Any], hint), value, where, absent=absent)
     if typing.get_origin(hint) is tuple:
         return _convert_list(typing.get_args(hint), value, where, absent)
@@ -105,9 +123,14 @@ def _convert(hint: Any, value: Any, where: str, absent: Any) -> Any:
     nested = [kind for kind in allowed if dataclasses.is_dataclass(kind)]
     if nested and value is not None:
         return _convert(nested[0], value, where, absent)
+    listed = [kind for kind in allowed if typing.get_origin(kind) is tuple]
+    if listed and isinstance(value, list | tuple):
+        return _convert(listed[0], value, where, absent)
     if float in allowed and isinstance(value, str):
         value = _number(value)
-    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+    whole = int in allowed and type(value) is int
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if float in allowed and number and not whole:
         return float(value)
     if any(type(value) is kind for kind in allowed):
         return value

@@ -16,7 +16,7 @@ from stillroom.replay.place import LAST_BATCHES
 from stillroom.replay.selection import NO_POSITION, OVER_LONG
 from stillroom.replay.text_rows import first_column, parse_messages, read_rows
 from stillroom.train.scored_text import ScoredText, completion, conversation, document
-from stillroom.train.settings import check_setting
+from stillroom.train.settings import check_setting, convert_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +55,8 @@ class SupervisedConfig:
     """Seed of the order, which is another one in every epoch."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check types and ranges."""
+        convert_fields(self, "supervised")
         self._check("column", self.column in (None, *COLUMNS), f"one of {COLUMNS}")
         self._check("limit", self.limit is None or self.limit >= 1, "at least 1")
         for name in LEAST:

@@ -169,7 +169,8 @@ def teacher_buckets(
     Raises:
         NumericsError: if a logprob of a scored position is NaN.
         MismatchError: if a token id of a scored position is not below V.
-        CorruptError: if a row's scores sum to more than 1.01, or two scores of a token disagree.
+        CorruptError: if a row's scores, or its kept entries and its tail, sum to more than 1.01, or
+            two scores of a token disagree.
     """
     num_kept = target.topk_id.shape[1]
     token_id, stored, used = _entries(target, vocab_size)
@@ -182,7 +183,7 @@ def teacher_buckets(
     kept = stored.masked_fill(~used, -math.inf)
     has_tail = used.sum(1) < vocab_size
     stored_tail = torch.where(target.mask & has_tail, target.tail_logprob.double(), -math.inf)
-    _refuse_masses(kept, stored_tail)
+    _refuse_masses(target, kept, stored_tail)
     tail = _tail_of(stored_tail, kept[:, num_kept:]).masked_fill(~used.any(1), 0.0)
     if floor_tail:
         tail = torch.where(has_tail, tail.clamp(min=TAIL_FLOOR_NATS), tail)
@@ -263,10 +264,12 @@ def _refuse_disagreement(stored: Tensor, first: Tensor, repeated: Tensor) -> Non
     _refuse(repeated & (gap > allowed), CorruptError, expected, gap)
 
 
-def _refuse_masses(own: Tensor, tail: Tensor) -> None:
-    """Raise if log masses of tokens (T, B) or of the tail (T,) cannot be probabilities."""
+def _refuse_masses(target: TeacherTarget, own: Tensor, tail: Tensor) -> None:
+    """Raise if log masses of tokens (T, B) or of the tail (T,) cannot be probabilities; the tail's
+    is that outside the kept entries, which come first."""
     _refuse(tail.isnan(), NumericsError, "a tail logprob that is a number", tail)
-    mass = torch.maximum(own.exp().sum(1), tail.exp())
+    kept = own[:, : target.topk_id.shape[1]].exp().sum(1)
+    mass = torch.maximum(own.exp().sum(1), kept + tail.exp())
     _refuse(mass > MAX_MASS, CorruptError, f"probabilities that sum to <= {MAX_MASS}", mass)
 
 

@@ -9,20 +9,28 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
-from stillroom.cache.errors import NumericsError
+from stillroom.cache.errors import ConfigError, NumericsError
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.progress import Progress
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
 from stillroom.train.callbacks import Callback, StepOutcome
-from stillroom.train.checkpoint import Progressed, checkpoints_of, load_checkpoint, save_checkpoint
+from stillroom.train.checkpoint import (
+    Progressed,
+    check_same_run,
+    checkpoints_of,
+    load_checkpoint,
+    newest_progress,
+    save_checkpoint,
+)
 from stillroom.train.config import ReplayConfig
+from stillroom.train.decisive import decisive_settings
 from stillroom.train.fits import check_fits, check_ranks_agree, check_run_name, policy_of
 from stillroom.train.open_phases import PhaseOpener
 from stillroom.train.optimizer import make_optimizer, make_schedule, scaled_rate
 from stillroom.train.own_callbacks import own_callbacks
 from stillroom.train.parallel import Parallel, on_cpu
-from stillroom.train.phase_streams import Opened
+from stillroom.train.phase_streams import Opened, PhaseStreams
 from stillroom.train.replay_loss import ReplayLoss
 from stillroom.train.report import TrainReport
 from stillroom.train.run_stream import RunStream
@@ -38,8 +46,8 @@ class ReplayTrainer:
         cache: the cache, or where it is.
         config: how.
         snapshot: which shards are replayed; None for all that is scored, or what the run's newest
-            checkpoint was on. That is pinned until `train` has ended; a given one is the caller's
-            to pin.
+            checkpoint was on. That is pinned until `train` has ended. A given one is the caller's
+            to pin, and `release` lets go of it, and of what phases read, once the student is kept.
         policy_version: which policy the student is; None looks among the cache's, and -1 is none of
             them.
         output: folder for checkpoints and TensorBoard logs; None for one of the run's name below
@@ -49,7 +57,9 @@ class ReplayTrainer:
 
     Raises:
         ConfigError: a setting cannot be used.
-        MismatchError: the student, the settings or the other ranks do not fit the cache.
+        MismatchError: the student, the settings or the other ranks do not fit the cache, or the
+            checkpoint that the run would go on from.
+        CorruptError: there are checkpoints, and none is whole.
     """
 
     loss_class = ReplayLoss
@@ -84,18 +94,23 @@ class ReplayTrainer:
         self.world = self._accelerator.num_processes
         self._releases = snapshot is None
         self._replayed = RunStream(self.cache, self.output, run, self.rank, self.world)
-        snapshot = snapshot or self._replayed.choose(config.device)
-        check_ranks_agree(run, self.files, snapshot)
+        self._checkpoints = checkpoints_of(self.output, run)
+        self._settings = decisive_settings(config, "train.")
+        resumed = newest_progress(self._checkpoints)
+        if resumed is not None:
+            check_same_run(resumed, self._checkpoints, self.files.fingerprint, self._settings)
         if policy_version is None:
             policy_version = policy_of(self.files, self.cache)
         self.policy_version = policy_version
         self._logged: dict[str, float] = {}
-        self._checkpoints = checkpoints_of(self.output, run)
-        self.step, self.stopped = 0, ""
+        self.step, self.stopped, self._trained = 0, "", False
         self.callbacks = (*own_callbacks(self.cache, config), *callbacks)
-        self._set_up(snapshot)
+        self._tell(lambda callback: callback.on_open(self))
+        snapshot = snapshot or self._replayed.choose(config.device)
+        check_ranks_agree(run, self.files, snapshot)
+        self._set_up(snapshot, resumed)
 
-    def _set_up(self, snapshot: Snapshot) -> None:
+    def _set_up(self, snapshot: Snapshot, resumed: Progressed | None) -> None:
         config, rank = self.config, self.rank
         set_seed(config.seed)
         self.student = load_trainable(self.files, config, self.device)
@@ -108,10 +123,21 @@ class ReplayTrainer:
         self.parallel = Parallel(self.student.model, config.parallel, bf16=config.bf16)
         self.optimizer = make_optimizer(self.student.model.parameters(), config)
         opener = PhaseOpener(
-            config, self.student, self.files, self.output, self.run, rank, self.world, self.print
+            config=config,
+            root=self.cache.storage.root,
+            student=self.student,
+            files=self.files,
+            output=self.output,
+            run=self.run,
+            rank=rank,
+            world=self.world,
+            say=self.print,
+            resumed=None if resumed is None else resumed.callbacks.get(PhaseStreams.name),
         )
-        own = Opened(self.stream, self.cache.identity, self._replayed.keep)
-        self.phases = opener.open(own)
+        replayed = self._replayed
+        self.phases = opener.open(
+            Opened(self.stream, self.cache.identity, replayed.keep, replayed.release)
+        )
         self._losses = self.phases.losses(self.loss)
         self.callbacks = (self.phases, *self.callbacks)
         self.total_steps = self.phases.plan.total_steps
@@ -141,7 +167,12 @@ class ReplayTrainer:
         Raises:
             NumericsError: the loss is not finite.
             CorruptError: cached bytes or the checkpoint are damaged.
+            ConfigError: it has trained before.
         """
+        if self._trained:
+            do = "Make a new trainer: it goes on from the newest checkpoint."
+            raise ConfigError(self.run, "a trainer that has not trained", "one that has", do)
+        self._trained = True
         report = TrainReport()
         self._resume(report)
         self._start_trackers()
@@ -153,6 +184,8 @@ class ReplayTrainer:
                 self._take_step(report)
                 progress.advance()
         self.stream.close()
+        if self.step == self.total_steps:
+            self.stopped = ""
         report.train_s = time.perf_counter() - start
         report.steps, report.student_step, report.stopped = self.step, self.step, self.stopped
         (feed,) = self.stream.feeds
@@ -163,8 +196,13 @@ class ReplayTrainer:
         for tracker in self._accelerator.trackers:
             tracker.finish()
         if self._releases:
-            self._replayed.release()
+            self.release()
         return report
+
+    def release(self) -> None:
+        """Let go of the snapshots that were replayed; `train` does it where it chose its own. Where
+        the student is published later, call it after that."""
+        self.phases.release()
 
     def _start_trackers(self) -> None:
         """A resumed run's curves go on after the checkpoint: later points are taken back."""
@@ -180,7 +218,7 @@ class ReplayTrainer:
         norm = self.parallel.clip_gradients(self.config.max_grad_norm)
         if not math.isfinite(found.loss) or not math.isfinite(norm):
             got = f"loss {found.loss}, gradient norm {norm}"
-            do = "Lower the learning rate; the weights before this step are unharmed."
+            do = "Lower the learning rate; checkpoints of earlier steps are unharmed."
             where = f"{self.run}, step {self.step}"
             raise NumericsError(where, "a finite loss and gradient", got, do)
         factor = self.phases.phases[place.phase].rate_factor(self.config.learning_rate)
@@ -249,6 +287,8 @@ class ReplayTrainer:
             positions=report.positions,
             stream=self.stream.state_dict(),
             callbacks=states,
+            student=self.files.fingerprint,
+            settings=self._settings,
         )
         model, keep = self.student.model, self.config.save_total_limit
         save_checkpoint(self._checkpoints, progressed, model, self.optimizer, self.schedule, keep)

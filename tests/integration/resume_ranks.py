@@ -14,7 +14,7 @@ import torch
 from stillroom.cache.storage import Storage
 from stillroom.train.callbacks import Callback, StepOutcome
 from stillroom.train.config import ReplayConfig
-from stillroom.train.publish import publish
+from stillroom.train.publish import publish, save_student
 from stillroom.train.settings import build_settings
 from stillroom.train.trainer import ReplayTrainer
 
@@ -58,7 +58,18 @@ def run(case: dict[str, Any]) -> None:
         (output / "report.json").write_text(json.dumps(found))
     if trainer.is_main and not stops:
         storage = Storage(output / "published")
-        publish(storage, trainer.student, trainer.files, version=1, run="r", step=1, state=state)
+        publish(
+            storage,
+            trainer.student,
+            trainer.files,
+            version=1,
+            parent=0,
+            run="r",
+            step=1,
+            state=state,
+        )
+    if not stops:
+        save_student(trainer, output / "saved")
 
 
 def main() -> None:

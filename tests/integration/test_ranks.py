@@ -61,6 +61,7 @@ class Ranks:
             text=True,
         )
         assert done.returncode == 0, done.stderr[-4000:]
+        assert "FutureWarning" not in done.stderr
 
     def found(self, world: int, name: str) -> dict[str, np.ndarray]:
         """What a case left."""

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
 from stillroom.replay.policies import open_policy
@@ -58,6 +59,9 @@ def check(case: dict[str, Any], whole: dict[str, Any], first: int = 0) -> None:
     kl = "best_reverse_kl_nats"
     assert found["held_out"][kl] == pytest.approx(expected["held_out"][kl], rel=1e-4)
     assert found["held_out"]["best_step"] == expected["held_out"]["best_step"]
+    output = Path(case["output"])
+    policy = open_policy(Storage(output / "published"), 1)
+    assert inspect_model(str(output / "saved")).fingerprint == policy.fingerprint
     mine, theirs = published(case), published(whole)
     assert mine.keys() == theirs.keys()
     for name, weight in mine.items():

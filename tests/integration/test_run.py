@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from stillroom.cache.errors import ConfigError, InputError, MismatchError, NumericsError
+from stillroom.cache.errors import (
+    ConfigError,
+    InputError,
+    MismatchError,
+    MissingError,
+    NumericsError,
+)
 from stillroom.cache.store import Cache
 from stillroom.replay.policies import policy_versions
 from stillroom.train.pipeline import Pipeline
@@ -66,6 +72,12 @@ def test_rounds_are_whole(finished: tuple[dict[str, Any], dict[str, Any]]) -> No
         change = summary["held_out"][source]
         assert change["fell_by"] == pytest.approx(1 - change["last_nats"] / change["first_nats"])
     assert len(summary["samples"]) == 3
+    stages = StageLog(Path(settings["output"]) / "stages")
+    for number in range(2):
+        trained = stages.finished(f"train-{number}")
+        assert trained is not None
+        assert trained.values["pace"]["tokens_per_s"] > 0
+        assert (trained.values["stopped"], trained.values["held_out"]) == ("", {})
 
 
 def test_second_run_changes_nothing(
@@ -153,6 +165,18 @@ def test_what_cannot_run_writes_nothing(
     settings = run_settings(tmp_path)
     settings[place[0]] = {**settings[place[0]], place[1]: value}
     refused(settings, tmp_path, ConfigError if "max_tokens" not in place else InputError, match)
+
+
+def test_further_data_is_looked_at_first(run_settings: Settings, tmp_path: Path) -> None:
+    """Caches and datasets of the training, which is the last job of a round."""
+    settings = run_settings(tmp_path)
+    for further in ({"eval_root": str(tmp_path / "none")}, {"phases": [{"root": "none"}]}):
+        refused(
+            {**settings, "train": {"replay": settings["train"]["replay"], **further}},
+            tmp_path,
+            MissingError,
+            "none",
+        )
 
 
 def test_nan_teacher_writes_nothing(

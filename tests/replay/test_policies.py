@@ -15,6 +15,9 @@ from stillroom.cache.storage import Storage
 from stillroom.replay.policies import (
     Policy,
     check_student,
+    free_version,
+    line_of,
+    newest_kept,
     open_policy,
     policy_folder,
     policy_path,
@@ -90,7 +93,8 @@ def test_a_policy_that_is_not_there_or_damaged_is_named(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"version": 4}, {"path": "../x"}, {"path": "policies/../../x"}]
+    "changes",
+    [{"version": 4}, {"path": "../x"}, {"path": "policies/../../x"}],
 )
 def test_a_policy_of_another_version_or_outside_of_the_root_is_refused(
     changes: dict[str, Any], storage: Storage, student: ModelFiles
@@ -98,6 +102,15 @@ def test_a_policy_of_another_version_or_outside_of_the_root_is_refused(
     wrong = replace(policy_of(3, student), **changes)
     storage.put_new(policy_path(3), jsonfile.dump_sealed(asdict(wrong)))
     with pytest.raises(CorruptError, match="expected policy 3, its weights below the root"):
+        read_policy(storage, 3)
+
+
+@pytest.mark.parametrize("parent", [3, 4, -1])
+def test_a_parent_that_is_not_older_is_refused(
+    storage: Storage, student: ModelFiles, parent: int
+) -> None:
+    put_policy(storage, policy_of(3, student, parent=parent))
+    with pytest.raises(CorruptError, match="expected a parent below 3"):
         read_policy(storage, 3)
 
 
@@ -150,6 +163,33 @@ def test_a_student_whose_weights_nobody_kept_has_a_version_of_its_own(
     assert record_unkept(storage, run="run-b", parent=5, step=32).version == 6
     with pytest.raises(MissingError, match="run-b went on from it after step 16"):
         open_policy(storage, 5, student)
+
+
+def test_the_newest_with_weights_is_none_that_nobody_kept(
+    storage: Storage, student: ModelFiles
+) -> None:
+    assert newest_kept(storage) is None
+    register_initial(storage, student, "run-a")
+    put_policy(storage, policy_of(2, student))
+    assert newest_kept(storage) == 2
+    for parent in (2, 3):
+        record_unkept(storage, run="run-b", parent=parent, step=16)
+    assert newest_kept(storage) == 2
+    assert free_version(storage, 2) == 5
+    put_policy(storage, policy_of(5, student))
+    assert newest_kept(storage) == 5
+    assert free_version(storage, 2) == 5, "that another run published is not passed over"
+
+
+def test_a_line_goes_from_child_to_parent(storage: Storage, student: ModelFiles) -> None:
+    register_initial(storage, student, "run-a")
+    for version, parent in ((1, 0), (2, 1), (3, 2), (5, 1)):
+        put_policy(storage, policy_of(version, student, parent=parent))
+    assert line_of(storage, 5, 9) == [5, 1, 0]
+    assert line_of(storage, 3, 2) == [3, 2]
+    put_policy(storage, policy_of(7, student, parent=6))
+    with pytest.raises(MissingError, match="policy 6"):
+        line_of(storage, 7, 2)
 
 
 def test_an_unkept_version_is_never_anothers(

@@ -118,6 +118,23 @@ def test_a_block_has_a_piece_of_each_part_that_it_lies_in(cache: Cache) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("sampler", "likeliest"),
+    [({"extra": 2}, True), ({"extra": 2, "extra_drawn": True}, False), ({}, False)],
+)
+def test_rows_keep_what_the_sampler_noted_beside_them(
+    tmp_path: Path, sampler: dict[str, Any], likeliest: bool
+) -> None:
+    cache = Cache.create(tmp_path, make_identity(extra=EXTRA, extra_kind="student"))
+    vocab, topk = cache.identity.vocab_size, cache.identity.topk
+    arrays = random_shard(0, 9, 3, topk=topk, vocab_size=vocab, extra=EXTRA)
+    cache.add_shard(make_meta(0, sampler=sampler), "0" * 32, arrays, SCORED_BY)
+    reader = open_reader(cache, 2)
+    rows = [reader.row(reader.read(reader.block_of(number)), number) for number in range(3)]
+    assert [row.extra_likeliest for row in rows] == [likeliest] * 3
+    assert collate(rows).extra_likeliest.tolist() == [likeliest] * 9
+
+
 def test_rows_keep_the_temperature_of_their_part(cache: Cache) -> None:
     reader = open_reader(cache, ROWS)
     block = reader.read(0)

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillroom.cache.errors import ConfigError, MismatchError
+from stillroom.cache.errors import ConfigError, MismatchError, MissingError
 from stillroom.cache.store import Cache
 from stillroom.replay.cycle import Cycle
+from stillroom.replay.policies import Policy, put_policy
 from stillroom.replay.prompts import Prompt
 from stillroom.replay.refresh import (
     RefreshConfig,
@@ -36,6 +37,20 @@ def plan(
 def names_of(cycle: Cycle) -> list[str | None]:
     by_id = {prompt.id: prompt.name for prompt in PROMPTS}
     return [by_id[i] for unit in cycle.units for i in unit.prompt_ids]
+
+
+def record(cache: Cache, parents: dict[int, int]) -> None:
+    """Record policies by version, each with its parent; -1 is none."""
+    for version, parent in parents.items():
+        policy = Policy(
+            version=version,
+            run="run",
+            parent=None if parent < 0 else parent,
+            step=version,
+            path=None,
+            fingerprint=None,
+        )
+        assert put_policy(cache.storage, policy)
 
 
 def names(prompts: Sequence[Prompt]) -> list[str | None]:
@@ -118,6 +133,7 @@ def test_names_of_cycles_sort_by_version() -> None:
 def test_parts_beyond_the_lag_are_retired(
     empty_cache: Cache, newest: int, max_lag: int, kept: set[int]
 ) -> None:
+    record(empty_cache, {v: v - 1 for v in range(10)})
     parts = {v: add_scored_part(empty_cache, v, v, 2) for v in range(4)}
     retired = retire_stale(empty_cache, newest, max_lag)
     assert retired == [part for version, part in parts.items() if version not in kept]
@@ -126,7 +142,30 @@ def test_parts_beyond_the_lag_are_retired(
     assert in_use == kept
 
 
+@pytest.mark.parametrize(
+    ("max_lag", "kept"), [(0, {7}), (1, {3, 4, 5, 6, 7}), (2, {2, 3, 4, 5, 6, 7})]
+)
+def test_versions_that_it_does_not_come_from_use_up_no_lag(
+    empty_cache: Cache, max_lag: int, kept: set[int]
+) -> None:
+    record(empty_cache, {v: v - 1 for v in range(7)} | {7: 3})
+    parts = {v: add_scored_part(empty_cache, v, v, 2) for v in range(8)}
+    retired = retire_stale(empty_cache, 7, max_lag)
+    assert retired == [part for version, part in parts.items() if version not in kept]
+
+
+def test_a_line_that_is_not_recorded_retires_nothing(empty_cache: Cache) -> None:
+    record(empty_cache, {3: 2})
+    add_scored_part(empty_cache, 0, 0, 2)
+    with pytest.raises(MissingError, match="policy 2"):
+        retire_stale(empty_cache, 3, 1)
+    assert empty_cache.retired() == set()
+    with pytest.raises(MissingError, match="policy 4"):
+        retire_stale(empty_cache, 4, 0)
+
+
 def test_newer_parts_than_the_policy_are_kept(empty_cache: Cache) -> None:
+    record(empty_cache, {2: 1})
     add_scored_part(empty_cache, 5, 0, 2)
     assert retire_stale(empty_cache, 2, 0) == []
 
@@ -139,6 +178,7 @@ def test_retired_parts_are_not_scored_but_stay_readable(empty_cache: Cache) -> N
     fresh = part_meta(1, 2)
     empty_cache.add_part(made_up_table(np.random.default_rng(0), 2, 1), fresh)
     assert empty_cache.unscored() == [meta.name, fresh.name]
+    record(empty_cache, {1: 0})
     retire_stale(empty_cache, 1, 0)
     assert empty_cache.unscored() == [fresh.name]
     assert empty_cache.snapshot().rows == 0
@@ -148,6 +188,7 @@ def test_retired_parts_are_not_scored_but_stay_readable(empty_cache: Cache) -> N
 
 
 def test_retiring_again_returns_only_what_is_new(empty_cache: Cache) -> None:
+    record(empty_cache, {1: 0, 2: 1})
     first = add_scored_part(empty_cache, 0, 0, 2)
     second = add_scored_part(empty_cache, 1, 1, 2)
     assert retire_stale(empty_cache, 1, 0) == [first]

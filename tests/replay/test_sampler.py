@@ -7,7 +7,7 @@ import pytest
 
 from stillroom.cache import jsonfile
 from stillroom.cache.errors import ConfigError
-from stillroom.replay.sampler import SamplerConfig
+from stillroom.replay.sampler import SamplerConfig, notes_likeliest
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,7 @@ from stillroom.replay.sampler import SamplerConfig
         {"top_p": math.nan},
         {"top_k": -1},
         {"extra": -1},
+        {"extra_drawn": True},
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
@@ -50,6 +51,15 @@ def test_recorded_is_all_that_decides_the_distribution() -> None:
 
 def test_extra_ids_are_recorded_where_there_are_any() -> None:
     assert SamplerConfig(extra=4).recorded() == SamplerConfig().recorded() | {"extra": 4}
+    drawn = SamplerConfig(extra=4, extra_drawn=True).recorded()
+    assert drawn == SamplerConfig(extra=4).recorded() | {"extra_drawn": True}
+
+
+def test_extra_ids_are_likeliest_tokens_unless_a_record_says_otherwise() -> None:
+    assert notes_likeliest(SamplerConfig(extra=4).recorded())
+    assert not notes_likeliest(SamplerConfig(extra=4, extra_drawn=True).recorded())
+    assert not notes_likeliest(SamplerConfig().recorded())
+    assert not notes_likeliest({"temperature": None}), "an import brings what it brings"
 
 
 def test_where_and_in_what_batches_it_runs_is_not_recorded() -> None:

@@ -153,6 +153,25 @@ def test_the_likeliest_tokens_are_noted_beside_each(
         np.testing.assert_allclose(logprob[possible], own[possible], rtol=0, atol=1e-4)
 
 
+def test_further_draws_come_as_often_as_their_logprobs_say(student_dir: Path) -> None:
+    """With repeats; a filter shuts out what it shuts out of the completion."""
+    settings: dict[str, Any] = {"temperature": 0.7, "top_k": 6}
+    more: dict[str, Any] = {"extra": 4000, "extra_drawn": True, "max_new_tokens": 2}
+    (sampled,) = run(student_dir, PROMPTS[:1], **settings, **more)
+    ids, logprob = sampled.extra_id, sampled.extra_behaviour_logprob
+    assert ids is not None
+    assert logprob is not None
+    assert ids.shape == logprob.shape == (len(sampled.completion), 4000)
+    dense = dense_logprob(student_dir, PROMPTS[0], sampled.completion, **settings)
+    own = np.take_along_axis(dense, ids.astype(int), 1)
+    np.testing.assert_allclose(logprob, own, rtol=0, atol=1e-4)
+    for row, probability in zip(ids, np.exp(dense), strict=True):
+        counts = np.bincount(row, minlength=VOCAB)
+        deviation = np.sqrt(4000 * probability * (1 - probability))
+        assert (np.abs(counts - 4000 * probability) <= 5 * deviation).all()
+        assert (counts > 0).sum() == 6
+
+
 def test_nothing_is_noted_unless_asked_for(student_dir: Path) -> None:
     (sampled,) = run(student_dir, PROMPTS[:1])
     assert sampled.extra_id is None

@@ -102,3 +102,10 @@ def test_refused_values_are_raised_whole(capsys: pytest.CaptureFixture[str]) -> 
 def test_positions_of_a_looking_command() -> None:
     assert parse_flags(Show, ["r", "--row", "2"], "p") == Show(root="r", row=2)
     assert parse_flags(Show, ["r", "v0", "--json"], "p") == Show(root="r", part="v0", json=True)
+
+
+def test_arguments_of_an_optimiser_come_from_flags_too() -> None:
+    flags = ["--optimizer-args", "betas", "0.9", "0.95", "eps", "1e-4", "fused", "True"]
+    made = parse_flags(ReplayConfig, flags, "p").optimizer_args
+    assert made == {"betas": (0.9, 0.95), "eps": 1e-4, "fused": True}
+    assert made["fused"] is True

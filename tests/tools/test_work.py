@@ -1,5 +1,6 @@
 """The jobs one after another on tiny models, each run twice: nothing is done twice."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from stillroom.cache.schema import UNUSED_ID
+from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
-from stillroom.replay.policies import policy_versions
+from stillroom.replay.policies import policy_versions, read_policy, record_unkept
 from stillroom.train.run_config import RunConfig
 
 pytestmark = pytest.mark.usefixtures("quiet_jobs")
@@ -184,6 +186,28 @@ def test_a_student_may_lie_elsewhere(
         ran = run(command, *flags[command], *more)
         assert ran.status == 0, ran.err
     assert policy_versions(Cache.open(tmp_path / "cache").storage) == [0, 1]
+
+
+def test_students_whose_weights_nobody_kept_are_passed_over(
+    flags: Any, tmp_path: Path, run: Any
+) -> None:
+    """As a run leaves them that refreshed its cache in the middle and published nothing."""
+    storage = Storage(tmp_path / "cache")
+    for command in ("init", "rollout", "score", "rollout", "train", "refresh"):
+        more = flags["first"] if command == "init" else []
+        ran = run(command, *flags[command], *more)
+        assert ran.status == 0, ran.err
+        if command == "score":
+            for parent in (0, 1):
+                record_unkept(storage, run="refreshing", parent=parent, step=4)
+        elif policy_versions(storage)[-1] == 2:
+            assert "policy 0 is the newest with weights: later ones, up to 2, have none" in ran.out
+    assert policy_versions(storage) == [0, 1, 2, 3]
+    published = read_policy(storage, 3)
+    assert (published.parent, published.path is None) == (0, False)
+    record = json.loads((tmp_path / "out" / "tiny-000000.json").read_bytes())
+    assert record["published"]["version"] == 3
+    assert {part[:7] for part in Cache.open(tmp_path / "cache").unscored()} == {"v000003"}
 
 
 def test_a_root_that_no_student_can_be_published_into_is_refused_at_once(

@@ -1,6 +1,6 @@
-"""A process that trains, refreshes every three steps and saves every step; for a test to kill.
+"""A process that trains, refreshes every three steps and saves every so many; for a test to kill.
 
-Arguments: cache, student, teacher, prompts, output.
+Arguments: cache, student, teacher, prompts, output, steps between checkpoints.
 """
 
 import sys
@@ -20,7 +20,7 @@ from stillroom.train.refreshing import RefreshCallback, Refresher
 from stillroom.train.trainer import ReplayTrainer
 
 
-def main(root: str, student: str, teacher: str, source: str, output: str) -> None:
+def main(root: str, student: str, teacher: str, source: str, output: str, save: str) -> None:
     """Train to the end, unless somebody ends this process."""
     cache = Cache.open(root)
     prompts = load_prompts(
@@ -35,7 +35,9 @@ def main(root: str, student: str, teacher: str, source: str, output: str) -> Non
     ReplayTrainer(
         student,
         cache,
-        ReplayConfig(device="cpu", learning_rate=1e-2, max_steps=11, save_steps=1, replay=replay),
+        ReplayConfig(
+            device="cpu", learning_rate=1e-2, max_steps=11, save_steps=int(save), replay=replay
+        ),
         output=output,
         callbacks=(RefreshCallback(Refresher(cache, scorer, prompts, sampler, config)),),
     ).train()

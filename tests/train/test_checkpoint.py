@@ -51,7 +51,15 @@ def progressed_at(step: int) -> Progressed:
     }
     stream = {"sources": [{"snapshot": "0" * 32, "first": 3}]}
     callbacks = {"drift": {"sums": {"0": sums}, "last": {}}}
-    return Progressed(step=step, rows=10, positions=100, stream=stream, callbacks=callbacks)
+    return Progressed(
+        step=step,
+        rows=10,
+        positions=100,
+        stream=stream,
+        callbacks=callbacks,
+        student="f" * 32,
+        settings={"train.learning_rate": 0.1},
+    )
 
 
 def parts(seed: int, optimizer: str = "AdamW", frozen: bool = False) -> Parts:
@@ -136,6 +144,9 @@ def test_newest_are_kept(tmp_path: Path) -> None:
     assert newest is not None
     assert newest.name == "step-00000010"
     assert not unfinished.exists()
+    (tmp_path / "first" / ".4567def.tmp").mkdir(parents=True)
+    assert newest_checkpoint(tmp_path / "first") is None, "killed while it wrote its first one"
+    assert not list((tmp_path / "first").iterdir())
     assert newest_checkpoint(tmp_path / "none") is None
     assert load_checkpoint(tmp_path / "none", *parts(2)) is None
 

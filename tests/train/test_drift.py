@@ -139,7 +139,19 @@ def test_records_are_left_when_due_and_survive_a_checkpoint(tmp_path: Path) -> N
 def test_record_is_put_once(tmp_path: Path) -> None:
     """The first record of a step stays."""
     storage = Storage(tmp_path)
-    put_drift(storage, "run", 7, {"0": {"ess": 1.0}})
-    put_drift(storage, "run", 7, {"0": {"ess": 0.5}})
+    assert put_drift(storage, "run", 7, {"0": {"ess": 1.0}})
+    assert not put_drift(storage, "run", 7, {"0": {"ess": 0.5}})
+    assert put_drift(storage, "run", 7, {"0": {"ess": 1.0}}), "a rerun that measured the same"
     stored = jsonfile.load_sealed(storage.get("drift/run/00000007.json"), "x")
     assert stored == {"run": "run", "step": 7, "by_policy": {"0": {"ess": 1.0}}}
+
+
+def test_a_run_whose_name_is_taken_says_so_once(tmp_path: Path) -> None:
+    for seed in (0, 0, 1):
+        made, callback, said = trainer(tmp_path), DriftCallback(), list[str]()
+        made.print = said.append
+        for i in range(4):
+            made.step = i + 1
+            callback.on_step(made, step(i + 1, drawn(i, 0) if not seed else drawn(9 + i, 0)))
+        assert len(said) == seed
+        assert all("drift/r: step 2 has other drift" in line for line in said)

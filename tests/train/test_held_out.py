@@ -4,6 +4,7 @@ of it goes on from a checkpoint."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from stillroom.cache.errors import ConfigError, CorruptError, MismatchError
+from stillroom.cache.errors import ConfigError, CorruptError, InputError, MismatchError
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.pins import list_pins
 from stillroom.cache.store import Cache
@@ -169,3 +170,40 @@ def test_another_state_is_refused(caches: tuple[Cache, Cache], wrong: dict[str, 
     callback.load_state_dict(state)
     with pytest.raises(CorruptError, match="held-out state in a checkpoint"):
         callback.load_state_dict({**state, **wrong})
+
+
+def test_what_cannot_be_measured_is_found_before_the_first_step(
+    caches: tuple[Cache, Cache], student_dir: Path, tmp_path: Path, config: ReplayConfig
+) -> None:
+    """Also where nothing is measured until the end: no row, or one that is too long."""
+    longer, cache = caches
+    Cache.create(tmp_path / "empty", cache.identity)
+    longest = max(int(c.row_lengths()[:, 0].max()) for c in longer.snapshot().commits)
+    replay = replace(REPLAY, max_tokens=longest - 1)
+    for name, root, message in (
+        ("empty", str(tmp_path / "empty"), "rows to replay; got an empty"),
+        ("long", longer.storage.root, f"{longest} tokens"),
+    ):
+        given = replace(config, eval_root=root, eval_steps=0, replay=replay)
+        made = ReplayTrainer(student_dir, cache, given, output=tmp_path / name)
+        with pytest.raises(InputError, match=message):
+            made.train()
+        assert made.step == 0
+
+
+def test_a_run_goes_on_with_the_cache_that_it_measured_on(
+    caches: tuple[Cache, Cache], student_dir: Path, tmp_path: Path, config: ReplayConfig
+) -> None:
+    """Another address is a setting; another cache at that address is told apart too."""
+    held = tmp_path / "held"
+    shutil.copytree(caches[1].storage.folder, held)
+    config = replace(config, eval_root=str(held))
+    with pytest.raises(KeyboardInterrupt):
+        train(caches, student_dir, tmp_path / "out", config, Recorder(die_at=2))
+    other = replace(config, eval_root=caches[1].storage.root)
+    with pytest.raises(MismatchError, match=r"train\.eval_root = "):
+        train(caches, student_dir, tmp_path / "out", other, Recorder())
+    shutil.rmtree(held)
+    Cache.create(held, caches[1].identity)
+    with pytest.raises(MismatchError, match="the cache that the checkpoint measured on"):
+        train(caches, student_dir, tmp_path / "out", config, Recorder())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from stillroom.train import logit_chunks as chunks_module
 from stillroom.train.logit_chunks import LogitChunks, logit_chunks
 from stillroom.train.output_head import OutputHead
 from tests.train.fused_cases import assert_near
@@ -27,6 +28,25 @@ def test_chunks_are_the_head_s_logits(max_bytes: int, biased: bool) -> None:
         where += range(rows.start, rows.stop)
     assert where == list(range(7))
     assert_near(torch.cat(found), head.logits(hidden)[:, :9] / 1.3, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("block", [1, 4, 4096])
+def test_half_precision_factors_give_float32_logits(
+    dtype: torch.dtype, biased: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded to bfloat16, logits of a hundred would be off by as much as a quarter."""
+    monkeypatch.setattr(chunks_module, "WEIGHT_ROWS", block)
+    made = head_of(dtype, biased=biased)
+    head = OutputHead(made.weight, made.bias, 0.7)
+    hidden = (40 * torch.randn(7, 4, generator=torch.Generator().manual_seed(1))).to(dtype)
+    bias = 0.0 if head.bias is None else head.bias.double()
+    wanted = 0.7 * (hidden.double() @ head.weight.double().T + bias)
+    assert float((wanted - wanted.to(dtype)).abs().max()) > 1e-2
+    ((_, logits),) = logit_chunks(head, hidden)
+    assert logits.dtype == torch.float32
+    assert_near(logits, wanted, 1e-5)
 
 
 def test_chunks_share_their_memory_and_are_of_like_size() -> None:

@@ -124,6 +124,15 @@ def test_layers_that_can_have_none_are_named(
     assert not has_lora(model)
 
 
+@pytest.mark.parametrize("targets", [("lm_head",), ("q_proj", "lm_head")])
+def test_dropout_is_refused_on_the_output_head(untied: Path, targets: tuple[str, ...]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(untied)
+    with pytest.raises(ConfigError, match=r"^train\.lora\.dropout: .*got 0\.1.*lm_head out of"):
+        add_lora(model, LoraSettings(dropout=0.1, target_modules=targets))
+    assert not has_lora(model)
+    add_lora(model, LoraSettings(dropout=0.1, target_modules=("q_proj",)))
+
+
 @pytest.mark.parametrize(
     "changes", [{"r": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"publish": "both"}], ids=str
 )

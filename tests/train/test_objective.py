@@ -51,6 +51,18 @@ def test_modes(kind: str, mode: str) -> None:
         ({"clip_range": 0.2}, r"train\.clip_range.*only policy gradients"),
         ({"kind": "policy_gradient", "clip_range": 1.0}, r"train\.clip_range.*between 0 and 1"),
         ({"baseline": True}, r"train\.baseline.*only policy gradients"),
+        ({"importance": "tis"}, r"train\.importance.*forward has none; got 'tis'"),
+        ({"kind": "policy_gradient", "importance_cap": 3.0}, r"importance_cap.*only tis"),
+        (
+            {"kind": "reverse_kl_rb", "importance": "tis", "importance_range": (0.1, 2.0)},
+            r"importance_range.*only icepop",
+        ),
+        (
+            {"kind": "policy_gradient", "importance": "none", "clip_range": 0.2},
+            r"train\.clip_range.*never clipped",
+        ),
+        ({"cross_entropy_sources": ("techer",)}, r"cross_entropy_sources.*some of.*got \('techer'"),
+        ({"cross_entropy": 0.1, "cross_entropy_sources": ()}, r"sources.*one source at least"),
         ({"cross_entropy": 1.5}, r"train\.cross_entropy.*0 to 1"),
     ],
 )

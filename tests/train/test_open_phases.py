@@ -19,6 +19,7 @@ from stillroom.cache.errors import ConfigError, InputError, MismatchError, Missi
 from stillroom.cache.pins import active_pins
 from stillroom.cache.store import Cache
 from stillroom.replay.config import StreamConfig
+from stillroom.train import fits
 from stillroom.train.callbacks import Callback, StepOutcome
 from stillroom.train.config import ReplayConfig
 from stillroom.train.objective import Objective
@@ -216,3 +217,27 @@ def test_refusals(run: Run, text: SupervisedConfig, tmp_path: Path) -> None:
         replace(CONFIG, phases=(Phase(),), max_steps=3)
     with pytest.raises(ConfigError, match=r"train\.phase_cycles.*1 without phases"):
         replace(CONFIG, phase_cycles=2)
+
+
+def test_a_phase_on_the_own_root_is_one_on_the_own_cache(run: Run, caches: list[str]) -> None:
+    """However that is written; its rows are counted and share the run's stream."""
+    written = f"file://{caches[0]}/../{Path(caches[0]).name}/"
+    made, recorder = run([Phase(max_steps=1), Phase(root=written, max_steps=1)])
+    assert [one.replayed for one in recorder.outcomes] == [True, True]
+    rows = [{int(n) for m in one.micro for n in m.micro.row} for one in recorder.outcomes]
+    assert sorted(rows[0] | rows[1]) == list(range(12))
+    assert made.phases.data(1) is made.phases.own
+
+
+def test_no_phase_trains_on_what_is_measured(run: Run, caches: list[str]) -> None:
+    for root in (caches[1], f"{caches[1]}/"):
+        with pytest.raises(ConfigError, match=r"phase\.root: expected another cache than"):
+            run([Phase(root=root, max_steps=1)], eval_root=caches[1])
+
+
+def test_ranks_must_have_the_same_rows(
+    run: Run, text: SupervisedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fits, "from_every_rank", lambda mine: [mine, "another"])
+    with pytest.raises(MismatchError, match=r"text\.jsonl, rank 1: .* got another\."):
+        run([Phase(supervised=text, max_steps=1)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stillroom.cache.errors import ConfigError
-from stillroom.train.config import ReplayConfig
+from stillroom.train.config import LoraSettings, ReplayConfig
 from stillroom.train.optimizer import check_trainable, make_optimizer, make_schedule
 
 
@@ -21,14 +21,14 @@ def parameters() -> list[torch.nn.Parameter]:
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("AdamW", {"eps": 1e-5}),
+        ("AdamW", {"eps": 1e-5, "betas": (0.8, 0.9), "amsgrad": True}),
         ("SGD", {"momentum": 0.5}),
         ("Adafactor", {}),
         ("Rprop", {}),
         ("Muon", {}),
     ],
 )
-def test_any_class_of_torch_with_its_arguments(name: str, settings: dict[str, float]) -> None:
+def test_any_class_of_torch_with_its_arguments(name: str, settings: dict[str, Any]) -> None:
     config = ReplayConfig(optimizer=name, optimizer_args=settings, learning_rate=0.25)
     matrix, frozen = parameters()
     made = make_optimizer([matrix, frozen], config)
@@ -49,6 +49,8 @@ def test_any_class_of_torch_with_its_arguments(name: str, settings: dict[str, fl
         ({"optimizer": "Adagrid"}, r"train\.optimizer: expected a class in torch\.optim"),
         ({"optimizer": "lr_scheduler"}, r"train\.optimizer: expected a class in torch\.optim"),
         ({"optimizer": "LBFGS"}, r"train\.optimizer: expected one that needs no closure"),
+        ({"optimizer": "Muon"}, r"train\.optimizer: .*2D parameters"),
+        ({"optimizer": "SparseAdam"}, r"train\.optimizer: .*take a step.*dense gradients"),
         ({"optimizer": "Rprop", "weight_decay": 0.1}, r"train\.optimizer.*weight_decay"),
         ({"optimizer_args": {"epsilon": 1.0}}, r"train\.optimizer.*epsilon"),
         ({"optimizer_args": {"lr": 1.0}}, r"train\.optimizer_args.*got lr"),
@@ -60,6 +62,10 @@ def test_what_cannot_be_made_is_named(changes: dict[str, Any], match: str) -> No
     check_trainable(ReplayConfig())
     with pytest.raises(ConfigError, match=match):
         check_trainable(ReplayConfig(**changes))
+
+
+def test_adapters_are_matrices_alone() -> None:
+    check_trainable(ReplayConfig(optimizer="Muon", lora=LoraSettings()))
 
 
 def test_a_schedule_warms_up_and_falls() -> None:

@@ -86,12 +86,13 @@ def test_the_weight_is_the_parameter_itself() -> None:
     assert head.bias is None
 
 
-def test_bfloat16_products_give_float32_logits() -> None:
+def test_bfloat16_factors_give_float32_logits() -> None:
     model, hidden = made("plain"), hidden_states()
+    weight = model.get_output_embeddings().weight.detach()
     with torch.autocast("cpu", torch.bfloat16):
         found = OutputHead.of(model).logits(hidden)
     assert found.dtype == torch.float32
-    assert torch.equal(found, found.bfloat16().float())
+    assert_near(found.detach(), hidden.bfloat16().float() @ weight.bfloat16().float().T, 1e-6)
     assert torch.equal(found, OutputHead.of(model.bfloat16()).logits(hidden.bfloat16()))
 
 
@@ -105,6 +106,15 @@ def test_lora_on_the_head(training: bool) -> None:
     ours, theirs = (torch.autograd.grad(x.square().sum(), adapters) for x in (found, wanted))
     for one, other in zip(ours, theirs, strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-5
+
+
+def test_adapters_are_added_in_float32_under_autocast_too() -> None:
+    model = with_lora()
+    wanted = OutputHead.of(model).weight
+    with torch.autocast("cpu", torch.bfloat16):
+        found = OutputHead.of(model).weight
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)
 
 
 def test_lora_that_is_merged_or_disabled() -> None:

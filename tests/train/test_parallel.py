@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +44,36 @@ def test_one_process_runs_functions_inside_the_forward(model: PreTrainedModel, h
     assert calls == ["before", "inside", "after"]
     assert (parallel.kind, parallel.world, parallel.rank, parallel.units) == ("none", 1, 0, 0)
     assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_the_model_stays_usable_by_itself(student_dir: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(student_dir)
+    expected = model(IDS).logits
+    generated = model.generate(IDS, max_new_tokens=3, do_sample=False)
+    parallel = Parallel(model)
+    assert torch.equal(model(IDS).logits, expected)
+    assert torch.equal(model(input_ids=IDS).logits, expected)
+    again = model.generate(
+        IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, do_sample=False
+    )
+    assert torch.equal(again, generated)
+    twin = deepcopy(model)
+    with torch.no_grad():
+        twin.get_output_embeddings().weight.zero_()
+    assert bool((twin(IDS).logits == 0).all())
+    assert parallel.run(lambda: torch.tensor(2.0)) == 2
+
+
+def test_a_model_is_freed_with_its_last_user(student_dir: Path) -> None:
+    """Without the garbage collector, which may come late for a device's memory."""
+    gc.disable()
+    try:
+        parallel = Parallel(AutoModelForCausalLM.from_pretrained(student_dir))
+        left = weakref.ref(parallel.model)
+        del parallel
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_the_state_is_the_models(model: PreTrainedModel) -> None:

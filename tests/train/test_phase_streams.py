@@ -40,7 +40,10 @@ def made(seed: int) -> Opened:
 
 
 def opened(
-    phases: tuple[Phase, ...] = PHASES, cycles: int = 2, per_step: int = 1
+    phases: tuple[Phase, ...] = PHASES,
+    cycles: int = 2,
+    per_step: int = 1,
+    resumed: dict[str, Any] | None = None,
 ) -> tuple[PhaseStreams, dict[int, Opened]]:
     """Phases, and the data that was opened for them; the run's own stands at -1."""
     data = {-1: made(-1)}
@@ -51,7 +54,7 @@ def opened(
         data[index] = made(index)
         return data[index]
 
-    return PhaseStreams(phases, cycles, per_step, data[-1], open_one), data
+    return PhaseStreams(phases, cycles, per_step, data[-1], open_one, resumed), data
 
 
 def rows_of(streams: PhaseStreams, step: int) -> list[tuple[int, ...]]:
@@ -109,10 +112,22 @@ def test_states_of_other_phases_are_refused() -> None:
         streams.load_state_dict({**state, "streams": {"0": {}}})
 
 
-def test_a_single_phase_may_last_longer_than_it_did() -> None:
-    state = opened((Phase(max_steps=3),), 1)[0].state_dict()
-    assert state == {"batches": [3], "streams": {}}
-    opened((Phase(max_steps=9),), 1)[0].load_state_dict(state)
+@pytest.mark.parametrize("count", [1, 2])
+def test_phases_stay_as_long_as_they_were(count: int) -> None:
+    """Whatever an epoch of the data has now: its 5 batches were 3."""
+    phases = (Phase(num_train_epochs=2), Phase(num_train_epochs=1))[:count]
+    state = {"batches": [6, 3][:count], "streams": {}}
+    streams, _ = opened(phases, 1, resumed=state)
+    assert list(streams.plan.batches) == state["batches"]
+    streams.load_state_dict(state)
+    with pytest.raises(MismatchError, match="state of the phases"):
+        opened(phases, 1)[0].load_state_dict(state)
+
+
+@pytest.mark.parametrize("batches", [None, [], [3, 2], [0], [True], ["3"], [2.0]])
+def test_lengths_that_are_none_are_refused(batches: Any) -> None:
+    with pytest.raises((MismatchError, CorruptError), match="state of the phases"):
+        opened((Phase(),), 1, resumed={"batches": batches, "streams": {}})
 
 
 def test_pins_are_kept_and_let_go_and_the_own_stream_stays_open() -> None:
@@ -124,12 +139,17 @@ def test_pins_are_kept_and_let_go_and_the_own_stream_stays_open() -> None:
 
         return replace(made(index), keep=told("keep"), release=told("release"))
 
-    own = replace(made(-1), keep=lambda: calls.append(("keep", -1)))
+    def own_told(what: str) -> Any:
+        return lambda: calls.append((what, -1))
+
+    own = replace(made(-1), keep=own_told("keep"), release=own_told("release"))
     streams = PhaseStreams(PHASES, 1, 1, own, open_one)
     streams.keep()
     assert calls == [("keep", -1), ("keep", 0), ("keep", 2)]
     streams.on_end(None, None)  # type: ignore[arg-type]
-    assert calls[3:] == [("release", 0), ("release", 2)]
+    assert not calls[3:], "a student is published after the end"
+    streams.release()
+    assert calls[3:] == [("release", -1), ("release", 0), ("release", 2)]
     own.stream.next_batch()
     with pytest.raises(ConfigError, match="a closed one"):
         streams.next_batches(streams.plan.at(0))

@@ -83,6 +83,9 @@ def test_phases_on_the_same_data_share_its_stream() -> None:
     [
         ({"supervised": TEXT, "root": "cache"}, "root"),
         ({"max_steps": 0}, "max_steps"),
+        ({"max_steps": "3"}, "max_steps"),
+        ({"supervised": "text.jsonl"}, "supervised"),
+        ({"objective": "reverse"}, "objective"),
         ({"num_train_epochs": 0.0}, "num_train_epochs"),
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"supervised": TEXT, "objective": Objective()}, "objective.cross_entropy"),

@@ -7,21 +7,13 @@ from typing import Any
 import pytest
 
 from stillroom.cache import jsonfile
-from stillroom.cache.errors import ConfigError, CorruptError, InputError, MissingError
-from stillroom.cache.fingerprint import inspect_model
+from stillroom.cache.errors import ConfigError, CorruptError
 from stillroom.cache.teacher import TeacherConfig
 from stillroom.replay.prompts import PromptsConfig
 from stillroom.replay.refresh import RefreshConfig
-from stillroom.train.phases import Phase
-from stillroom.train.preflight import (
-    Models,
-    check_batch,
-    check_output,
-    check_phases,
-    settings_of,
-)
+from stillroom.train.config import ReplayConfig
+from stillroom.train.preflight import check_batch, check_output, settings_of
 from stillroom.train.run_config import RunConfig
-from stillroom.train.supervised_data import SupervisedConfig
 
 
 @pytest.fixture
@@ -82,20 +74,15 @@ def test_a_step_larger_than_a_round_is_refused(config: RunConfig) -> None:
         check_batch(fewer, prompts=100)
 
 
-def test_data_of_phases_is_looked_at(
-    config: RunConfig, student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    files, path = inspect_model(str(student_dir)), tmp_path / "text.jsonl"
-    models = Models(files, files, None)  # type: ignore[arg-type]
-    path.write_text('{"text": "abc"}\n')
-    text = SupervisedConfig(source=str(path), column="text")
-
-    def check(phase: Phase) -> None:
-        check_phases(replace(config, train=replace(config.train, phases=(phase,))), models)
-
-    check(Phase(supervised=text))
-    with pytest.raises(InputError, match="a column messages"):
-        check(Phase(supervised=replace(text, column="messages")))
-    with pytest.raises(MissingError, match="nowhere"):
-        check(Phase(root=str(tmp_path / "nowhere")))
+def test_how_a_run_is_run_may_change(config: RunConfig) -> None:
+    """Memory, speed and the number of processes are no part of what a run is."""
+    how = ReplayConfig(
+        loss_bytes=1 << 24,
+        gradient_checkpointing=True,
+        torch_compile=True,
+        parallel="fsdp",
+        device="cpu",
+    )
+    assert settings_of(replace(config, train=how)) == settings_of(config)
+    other = replace(config, train=ReplayConfig(bf16=True))
+    assert settings_of(other) != settings_of(config)

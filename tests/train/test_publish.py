@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,14 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 from stillroom.cache.causal_lm import load_causal_lm
-from stillroom.cache.errors import MismatchError, StorageError
+from stillroom.cache.errors import ConfigError, MismatchError, StorageError
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.storage import Storage
-from stillroom.replay.policies import open_policy, policy_versions, register_initial
-from stillroom.train.config import LoraSettings
-from stillroom.train.lora import add_lora
-from stillroom.train.publish import publish
+from stillroom.cache.store import Cache
+from stillroom.replay.config import StreamConfig
+from stillroom.replay.policies import open_policy, policy_versions, read_policy, register_initial
+from stillroom.train.config import LoraSettings, ReplayConfig
+from stillroom.train.lora import add_lora, merged_state
+from stillroom.train.publish import publish, save_student
 from stillroom.train.student import load_student
+from stillroom.train.trainer import ReplayTrainer
 
 
 def test_published_student_is_the_trained_one(student_dir: Path, tmp_path: Path) -> None:
@@ -28,7 +34,7 @@ def test_published_student_is_the_trained_one(student_dir: Path, tmp_path: Path)
     with torch.no_grad():
         student.model.model.norm.weight.add_(0.5)
     for _ in range(2):
-        policy = publish(storage, student, files, version=1, run="r", step=7)
+        policy = publish(storage, student, files, version=1, parent=0, run="r", step=7)
     assert (policy.parent, policy.step, policy.run) == (0, 7, "r")
     assert policy_versions(storage) == [0, 1]
     loaded = load_student(open_policy(storage, 1), "float32", torch.device("cpu"))
@@ -42,12 +48,25 @@ def test_another_run_is_refused(student_dir: Path, tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     files = inspect_model(str(student_dir))
     student = load_student(files, "float32", torch.device("cpu"))
-    first = publish(storage, student, files, version=1, run="a", step=1)
+    first = publish(storage, student, files, version=1, parent=0, run="a", step=1)
     with torch.no_grad():
         student.model.model.norm.weight.add_(0.5)
     with pytest.raises(MismatchError, match=r"policy 1.*of a"):
-        publish(storage, student, files, version=1, run="b", step=1)
+        publish(storage, student, files, version=1, parent=0, run="b", step=1)
     assert open_policy(storage, 1).fingerprint == first.fingerprint
+
+
+def test_the_parent_is_the_policy_that_was_trained_from(student_dir: Path, tmp_path: Path) -> None:
+    """Whatever version others took in between; and a parent is never newer."""
+    storage = Storage(tmp_path)
+    files = inspect_model(str(student_dir))
+    student = load_student(files, "float32", torch.device("cpu"))
+    assert publish(storage, student, files, version=3, parent=1, run="a", step=1).parent == 1
+    assert read_policy(storage, 3).parent == 1
+    with pytest.raises(MismatchError, match=r"trained from policy 2; got .* of a, from 1"):
+        publish(storage, student, files, version=3, parent=2, run="a", step=1)
+    with pytest.raises(ConfigError, match="above its parent, 5"):
+        publish(storage, student, files, version=5, parent=5, run="a", step=1)
 
 
 def test_object_store_is_refused(student_dir: Path) -> None:
@@ -55,7 +74,7 @@ def test_object_store_is_refused(student_dir: Path) -> None:
     files = inspect_model(str(student_dir))
     student = load_student(files, "float32", torch.device("cpu"))
     with pytest.raises(StorageError, match="object store"):
-        publish(Storage("s3://bucket/x"), student, files, version=1, run="r", step=1)
+        publish(Storage("s3://bucket/x"), student, files, version=1, parent=0, run="r", step=1)
 
 
 def test_record_names_the_weights_that_were_trained(student_dir: Path, tmp_path: Path) -> None:
@@ -63,11 +82,11 @@ def test_record_names_the_weights_that_were_trained(student_dir: Path, tmp_path:
     storage = Storage(tmp_path)
     files = inspect_model(str(student_dir))
     student = load_student(files, "float32", torch.device("cpu"))
-    publish(storage, student, files, version=1, run="r", step=1)
+    publish(storage, student, files, version=1, parent=0, run="r", step=1)
     (tmp_path / "policies" / "000001.json").unlink()
     with torch.no_grad():
         student.model.model.norm.weight.add_(0.5)
-    publish(storage, student, files, version=1, run="r", step=1)
+    publish(storage, student, files, version=1, parent=0, run="r", step=1)
     loaded = load_student(open_policy(storage, 1), "float32", torch.device("cpu"))
     for mine, theirs in zip(loaded.parameters(), student.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -88,7 +107,7 @@ def test_adapters_are_published_as_weights(student_dir: Path, tmp_path: Path) ->
     student.model.set_attn_implementation("sdpa")
     with torch.no_grad():
         expected = student.model(input_ids=ids, use_cache=False).logits
-    policy = publish(storage, student, files, version=1, run="r", step=1, adapter=True)
+    policy = publish(storage, student, files, version=1, parent=0, run="r", step=1, adapter=True)
     published = open_policy(storage, 1)
     assert published.fingerprint == policy.fingerprint != files.fingerprint
     loaded = load_causal_lm(published, "float32", torch.device("cpu"))
@@ -120,8 +139,66 @@ def test_a_gathered_state_is_published_as_the_model_itself_is(
     student = load_student(files, "float32", torch.device("cpu"))
     state = {name: weight.clone() for name, weight in student.model.state_dict().items()}
     made = [
-        publish(Storage(tmp_path / name), student, files, version=1, run="r", step=1, state=given)
+        publish(
+            Storage(tmp_path / name),
+            student,
+            files,
+            version=1,
+            parent=0,
+            run="r",
+            step=1,
+            state=given,
+        )
         for name, given in (("own", None), ("gathered", state))
     ]
     assert made[0] == made[1]
     assert made[0].fingerprint == files.fingerprint
+
+
+def test_a_trainer_saves_its_student(
+    make_cache: Callable[..., Cache],
+    student_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a plain model that says what the trained one says; nothing that is there is replaced."""
+    replay = StreamConfig(batch_rows=12, max_tokens=64)
+    config = ReplayConfig(
+        device="cpu",
+        learning_rate=1e-2,
+        max_steps=2,
+        lora=LoraSettings(r=4, publish="adapter"),
+        replay=replay,
+    )
+    cache = make_cache(tmp_path / "cache")
+    trainer = ReplayTrainer(student_dir, cache, config, output=tmp_path / "runs")
+    trainer.train()
+    monkeypatch.chdir(tmp_path)
+    saved = save_student(trainer, "out/student")
+    assert saved == tmp_path / "out" / "student"
+    assert [path.name for path in saved.parent.iterdir()] == ["student"]
+    files = inspect_model(str(saved))
+    assert files.tokenizer_fingerprint == trainer.files.tokenizer_fingerprint
+    assert (saved / "adapter" / "adapter_model.safetensors").is_file()
+    merged = merged_state(trainer.student.model, trainer.parallel.full_state_dict())
+    loaded = load_causal_lm(files, "float32", torch.device("cpu")).state_dict()
+    assert loaded.keys() == merged.keys()
+    assert all(torch.equal(loaded[name], merged[name]) for name in merged)
+    with pytest.raises(ConfigError, match=r"out/student: expected a folder that is not there yet"):
+        save_student(trainer, saved)
+    assert inspect_model(str(saved)).fingerprint == files.fingerprint
+
+
+def test_what_a_killed_process_left_goes_a_day_later(student_dir: Path, tmp_path: Path) -> None:
+    """What is being written now may be of a process that is alive."""
+    files = inspect_model(str(student_dir))
+    student = load_student(files, "float32", torch.device("cpu"))
+    folders = [tmp_path / "policies" / f".{name}.tmp" for name in ("old", "written", "new")]
+    day_ago = time.time() - 24 * 3600 - 60
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+    for path in (folders[0] / "model.safetensors", folders[0], folders[1]):
+        os.utime(path, (day_ago, day_ago))
+    publish(Storage(tmp_path), student, files, version=1, parent=0, run="r", step=1)
+    assert [folder.exists() for folder in folders] == [False, True, True]

@@ -36,6 +36,7 @@ from stillroom.train.config import LoraSettings, ReplayConfig
 from stillroom.train.phases import Phase
 from stillroom.train.publish import publish
 from stillroom.train.refreshing import RefreshCallback, Refresher
+from stillroom.train.run_snapshot import pin_name
 from stillroom.train.trainer import ReplayTrainer
 
 EVERY = 3
@@ -141,7 +142,7 @@ def test_students_in_between_are_recorded_without_weights(
         (0, EVERY, True),
         (1, 2 * EVERY, True),
     ]
-    assert {p.run for p in found[1:]} == {trainer.run}
+    assert {p.run for p in found[1:]} == {pin_name(trainer.output, trainer.run)}
     with pytest.raises(MissingError, match="went on from it after step 3"):
         open_policy(storage, 1)
     policy = publish(
@@ -149,6 +150,7 @@ def test_students_in_between_are_recorded_without_weights(
         trainer.student,
         trainer.files,
         version=trainer.policy_version + 1,
+        parent=trainer.policy_version,
         run=trainer.run,
         step=trainer.step,
     )
@@ -210,7 +212,86 @@ def test_a_run_resumed_where_it_refreshed_samples_anew(make_setup: Callable[...,
     setup.recorder.gaps.clear()
     again.train()
     assert setup.recorder.versions == [{4}, {4}]
+    assert read_policy(again.cache.storage, 4).parent == 2
     assert setup.recorder.gaps[0] < 1e-3
+
+
+def test_a_run_in_another_folder_leaves_the_rows_of_the_first(
+    make_setup: Callable[..., Setup],
+) -> None:
+    """Though both have the same name."""
+    setup = make_setup(replace(REFRESH, max_lag=9))
+    setup.trainer("first").train()
+    cache = setup.refresher.cache
+    setup.trainer("second").train()
+    assert cache.retired() == set()
+    assert {policy_of(part) for part in cache.parts()} == {0, 1, 2, 3, 4}
+    assert read_policy(cache.storage, 3).parent == 0
+
+
+class Stopped(Exception):
+    """Ends a run between two steps."""
+
+
+class StopAt(Callback):
+    """Ends a run with an error after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, trainer: ReplayTrainer, outcome: StepOutcome) -> None:
+        if outcome.step == self.step:
+            raise Stopped
+
+
+def ended_run(setup: Setup, step: int, config: ReplayConfig) -> None:
+    """A run that ends with an error; what it replayed is forgotten."""
+    trainer = setup.trainer(config=config)
+    trainer.callbacks = (*trainer.callbacks, StopAt(step))
+    with pytest.raises(Stopped):
+        trainer.train()
+    setup.recorder.versions.clear()
+    setup.recorder.gaps.clear()
+
+
+def test_a_run_that_starts_again_replays_nothing_of_its_later_students(
+    make_setup: Callable[..., Setup],
+) -> None:
+    setup = make_setup(replace(REFRESH, max_lag=9))
+    ended_run(setup, 7, CONFIG)
+    setup.trainer(config=CONFIG).train()
+    found = setup.recorder.versions
+    assert set().union(*found[:3]) == {0}
+    assert set().union(*found) == {0, 3, 4}
+    assert setup.recorder.gaps[0] < 1e-3
+    assert read_policy(setup.refresher.cache.storage, 3).parent == 0
+
+
+def test_a_run_that_starts_again_with_nothing_left_samples_first(
+    make_setup: Callable[..., Setup],
+) -> None:
+    """Its later students had retired the rows that it began with."""
+    setup = make_setup()
+    ended_run(setup, 4, CONFIG)
+    trainer = setup.trainer(config=CONFIG)
+    again = read_policy(trainer.cache.storage, 2)
+    assert (again.parent, again.step) == (0, 0)
+    trainer.train()
+    assert setup.recorder.versions == [{2}, {2}, {2}, {3}, {3}, {3}, {4}, {4}]
+    assert setup.recorder.gaps[0] < 1e-3
+    assert read_policy(trainer.cache.storage, 3).parent == 2
+
+
+def test_what_a_resumed_run_left_uses_up_no_lag(make_setup: Callable[..., Setup]) -> None:
+    """Saved at step 4 with students 0 and 1, ended at 7 with 2; then 3 comes after 1."""
+    setup = make_setup(replace(REFRESH, max_lag=2))
+    config = replace(CONFIG, save_steps=4)
+    ended_run(setup, 7, config)
+    trainer = setup.trainer(config=config)
+    trainer.train()
+    cache = trainer.cache
+    assert {policy_of(part) for part in cache.parts() if part not in cache.retired()} == {0, 1, 3}
+    assert read_policy(cache.storage, 3).parent == 1
 
 
 @pytest.mark.parametrize("every", [0, -1, 3])
@@ -274,15 +355,11 @@ def test_a_score_that_fails_retires_nothing(
     assert not setup.refresher.cache.unscored()
 
 
-@pytest.mark.slow
-@pytest.mark.dist
-def test_a_run_that_is_killed_while_it_refreshes_goes_on(
-    make_setup: Callable[..., Setup], teacher_dir: Path, prompts_file: Path
-) -> None:
-    setup = make_setup()
+def kill_while_it_refreshes(setup: Setup, teacher: Path, prompts: Path, save_steps: int) -> None:
+    """Start a run in a process of its own, and kill it once its second student is recorded."""
     storage, output = setup.refresher.cache.storage, setup.root.parent / "out"
-    paths = (setup.root, setup.student, teacher_dir, prompts_file, output)
-    child = subprocess.Popen([sys.executable, str(CHILD), *map(str, paths)])
+    arguments = (setup.root, setup.student, teacher, prompts, output, save_steps)
+    child = subprocess.Popen([sys.executable, str(CHILD), *map(str, arguments)])
     try:
         end = time.monotonic() + 120
         while 2 not in policy_versions(storage):
@@ -292,6 +369,33 @@ def test_a_run_that_is_killed_while_it_refreshes_goes_on(
     finally:
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_run_that_is_killed_before_its_first_checkpoint_starts_again(
+    make_setup: Callable[..., Setup], teacher_dir: Path, prompts_file: Path
+) -> None:
+    setup = make_setup()
+    kill_while_it_refreshes(setup, teacher_dir, prompts_file, save_steps=0)
+    trainer = setup.trainer()
+    first = trainer.policy_version
+    assert first > 2
+    assert read_policy(trainer.cache.storage, first).parent == 0
+    assert trainer.train().steps == 8
+    versions = [first] * EVERY + [first + 1] * EVERY + [first + 2] * 2
+    assert setup.recorder.versions == [{version} for version in versions]
+    assert setup.recorder.gaps[0] < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_run_that_is_killed_while_it_refreshes_goes_on(
+    make_setup: Callable[..., Setup], teacher_dir: Path, prompts_file: Path
+) -> None:
+    setup = make_setup()
+    kill_while_it_refreshes(setup, teacher_dir, prompts_file, save_steps=1)
+    storage, output = setup.refresher.cache.storage, setup.root.parent / "out"
     assert newest_checkpoint(checkpoints_of(output, "replay")) is not None
     trainer = setup.trainer(config=replace(CONFIG, save_steps=1, max_steps=11))
     report = trainer.train()

@@ -124,6 +124,18 @@ def test_an_idle_micro_batch_has_a_gradient_of_zeros(student: Student, cache: Ca
     assert not grad.any()
 
 
+def test_a_step_without_scored_tokens_has_no_loss_and_a_gradient_of_zeros(
+    student: Student, cache: Cache
+) -> None:
+    """Idle micro-batches of every rank, or a loop of one's own that counts none."""
+    (batch,) = batches(cache, 1)
+    idle = replace(batch, num_positions=0, micro_batches=(None, None))
+    found, grad = gradient(student, cache, [idle])
+    assert found.count == StepCount(0)
+    assert found.loss == 0
+    assert not grad.any()
+
+
 def test_outcomes_are_what_the_student_said(student: Student, cache: Cache) -> None:
     """Logprobs at the sampling temperature, losses at the cache's."""
     (batch,) = batches(cache, 1, batch_rows=12, max_tokens=4096)
@@ -208,20 +220,38 @@ def test_extra_ids_that_a_kind_takes(
             assert loss.takes_extras == (extra in takes)
 
 
-def test_extra_ids_are_buckets_of_a_divergence(student: Student, cache: Cache) -> None:
-    """A finer partition can only raise it."""
+def with_extra(cache: Cache, behaviour: float = np.nan) -> MicroBatch:
+    """One extra id at each position, which is not among the others."""
     (batch,) = batches(cache, 1, max_tokens=4096)
     (micro,) = batch.micro_batches
     assert micro is not None
     size, logprob = micro.num_positions, micro.tail_logprob - np.float32(2)
     spare = [np.setdiff1d(np.arange(200), [*row, y])[0] for row, y in rows_of(micro)]
-    micro = replace(
+    return replace(
         micro,
         extra_id=np.array(spare, np.int32)[:, None],
         extra_logprob=logprob.astype(np.float16)[:, None],
-        extra_behaviour_logprob=np.full((size, 1), np.nan, np.float32),
+        extra_behaviour_logprob=np.full((size, 1), behaviour, np.float32),
     )
-    count = StepCount(size)
+
+
+@pytest.mark.parametrize("importance", ["none", "full"])
+def test_the_likeliest_tokens_are_no_draws(student: Student, cache: Cache, importance: str) -> None:
+    """Their mean would be of no expectation; a divergence takes them as buckets."""
+    micro = with_extra(cache, behaviour=-3.0)
+    noted = replace(micro, extra_likeliest=micro.row == micro.row[-1])
+    objective = Objective(kind="multi_sample_policy_gradient", importance=importance)
+    loss, count = ReplayLoss(student, held(cache, "student"), objective), StepCount(1)
+    assert loss(micro, count).value.isfinite().all()
+    with pytest.raises(MismatchError, match=rf"row {micro.row[-1]}, extra_id.*likeliest"):
+        loss(noted, count)
+    ReplayLoss(student, held(cache, "student"), Objective())(noted, count)
+
+
+def test_extra_ids_are_buckets_of_a_divergence(student: Student, cache: Cache) -> None:
+    """A finer partition can only raise it."""
+    micro = with_extra(cache)
+    count = StepCount(micro.num_positions)
     with torch.no_grad():
         values = [
             ReplayLoss(student, held(cache, extra), Objective())(micro, count).value

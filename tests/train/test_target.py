@@ -113,8 +113,9 @@ def test_gap_below_float16_spacing_is_not_a_disagreement() -> None:
 
 
 def test_positive_logprobs_are_clipped() -> None:
-    target = row_of(topk_id=[[0]], topk_logprob=[[0.004]], sampled_logprob=[0.0])
-    assert masses(target) == [pytest.approx({0: 1 / 1.2, -1: 0.2 / 1.2}, abs=1e-12)]
+    tail = {"tail_logprob": [math.log(0.005)]}
+    target = row_of(topk_id=[[0]], topk_logprob=[[0.004]], sampled_logprob=[0.0], **tail)
+    assert masses(target) == [pytest.approx({0: 1 / 1.005, -1: 0.005 / 1.005}, abs=1e-12)]
     target = row_of(topk_id=[[-1]], topk_logprob=[[0.0]], tail_logprob=[0.004])
     assert masses(target) == [pytest.approx({0: 0.05, -1: 0.95}, abs=1e-12)]
 
@@ -222,7 +223,7 @@ def test_empty_shapes(num_rows: int, num_extra: int | None, num_kept: int) -> No
     target = TeacherTarget(
         topk_id=torch.arange(num_kept).repeat(num_rows, 1),
         topk_logprob=torch.full((num_rows, num_kept), -2.0),
-        tail_logprob=torch.full((num_rows,), -0.2),
+        tail_logprob=torch.full((num_rows,), -0.32),
         sampled_id=torch.full((num_rows,), 5),
         sampled_logprob=torch.full((num_rows,), -3.0),
         behaviour_logprob=None,
@@ -286,11 +287,13 @@ def test_floor_raises_only_the_tail() -> None:
         ({"sampled_id": [-100]}, MismatchError, "got -100"),
         ({"topk_id": [[3, 1, 3]]}, CorruptError, "0.05 nats apart; got 1.6"),
         ({"topk_id": [[3, 0, 6]]}, CorruptError, "0.05 nats apart; got 1.3"),
-        ({"topk_logprob": [[0.0, -4.0, -9.0]]}, CorruptError, "sum to <= 1.01; got 1.06"),
+        ({"topk_logprob": [[0.0, -4.0, -9.0]]}, CorruptError, "sum to <= 1.01; got 1.2"),
         ({"topk_logprob": [[3.0, -INF, -INF]]}, CorruptError, "got 20"),
         ({"topk_logprob": [[INF, -INF, -INF]]}, CorruptError, "got inf"),
         ({"sampled_logprob": [math.log(0.3)]}, CorruptError, "got 1.1"),
-        ({"tail_logprob": [0.1]}, CorruptError, "got 1.1"),
+        ({"tail_logprob": [0.1]}, CorruptError, "got 1.9"),
+        ({"tail_logprob": [math.log(0.9)]}, CorruptError, "got 1.7"),
+        ({"tail_logprob": [math.log(0.22)]}, CorruptError, "got 1.02"),
         ({"extra_id": [[8]], "extra_logprob": [[-3.0]]}, MismatchError, "0 to 7; got 8"),
         ({"extra_id": [[8]], "extra_logprob": [[-INF]]}, MismatchError, "0 to 7; got 8"),
         ({"extra_id": [[2]], "extra_logprob": [[NAN]]}, NumericsError, "nan"),
@@ -354,6 +357,8 @@ def test_masses_equal_the_rules_written_out(
     ]
     sampled = max(token if 0 <= token < 6 else 0 for token, _ in row)
     num_kept = max(0, len(row) - num_extra)
+    kept = sum(math.exp(logprob) for token, logprob in {*row[:num_kept]} if 0 <= token < 6)
+    tail = min(tail, math.log1p(-kept))
     extra = [(-1 if token == UNUSED_ID else token, logprob) for token, logprob in row[num_kept:]]
     row = [*row[:num_kept], (sampled, score.get(sampled, -3.0)), *extra]
     ids, logprobs = [token for token, _ in row], [logprob for _, logprob in row]

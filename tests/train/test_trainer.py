@@ -361,6 +361,14 @@ def test_the_policy_is_looked_up(
     assert ReplayTrainer(student_dir, cache, CONFIG, output=tmp_path).policy_version == 0
 
 
+def test_cross_entropy_on_no_row_is_refused(
+    cache: Cache, student_dir: Path, tmp_path: Path
+) -> None:
+    """All text is the student's; a share of 1 would leave the weights as they are."""
+    with pytest.raises(MismatchError, match="no such row"):
+        trainer(cache, student_dir, tmp_path, replace(CONFIG, cross_entropy=1.0))
+
+
 def test_another_temperature_is_refused(cache: Cache, student_dir: Path, tmp_path: Path) -> None:
     assert cache.identity.temperature == 1
     trainer(cache, student_dir, tmp_path, replace(CONFIG, temperature=1.0))
