@@ -79,15 +79,18 @@ def fused_loss(
     work = Work(row, teacher, objective, target.sampled_id, weight, crossed, ratio)
     made = Gradients.wanted(hidden, head)
     num_spare = int(ratio is not None or (made.any and head.soft_cap is not None))
-    chunks = LogitChunks(
-        head, hidden.detach()[: len(row)], vocab_size, temperature, max_bytes, num_spare
-    )
-    if made.any and chunks.dtype == torch.float16:
-        do = "Use bfloat16, or torch.no_grad to measure."
-        raise ConfigError("fused_loss", "products in bfloat16 or wider", "float16", do)
+    few = hidden.detach()[: len(row)]
+    chunks = LogitChunks(head, few, vocab_size, temperature, max_bytes, num_spare)
+    _check_underflow(made, chunks)
     apply: Any = _Fused.apply
     result = FusedLoss(*apply(hidden, head.weight, head.bias, work, chunks, made))
     return result if target.sampling_temperature is None else _without_greedy(result, target)
+
+
+def _check_underflow(made: Gradients, chunks: LogitChunks) -> None:
+    if made.any and chunks.dtype == torch.float16:
+        do = "Use bfloat16, or torch.no_grad to measure."
+        raise ConfigError("fused_loss", "products in bfloat16 or wider", "float16", do)
 
 
 def _without_greedy(result: FusedLoss, target: TeacherTarget) -> FusedLoss:
