@@ -2,12 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stillroom.cache import jsonfile
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 FREE = frozenset(
     {
@@ -36,7 +33,7 @@ FREE = frozenset(
 """Settings that may change while a run goes on: they decide how it runs, not what it is."""
 
 
-def decisive_settings(config: "DataclassInstance", prefix: str = "") -> dict[str, Any]:
+def decisive_settings(config: Any, prefix: str = "") -> dict[str, Any]:
     """The settings that decide what a run is, by dotted name, as they come back from JSON.
 
     Args:
