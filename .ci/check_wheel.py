@@ -24,7 +24,11 @@ EXTRAS_FOR_USE = ("bench", "ray", "vllm")  # the others serve development and th
 IMPORT_ALL = """
 import importlib, sys
 for name in sys.argv[1:]:
-    print(importlib.import_module(name).__file__)
+    try:
+        print(importlib.import_module(name).__file__)
+    except ModuleNotFoundError as error:
+        if error.name not in ("trl",):  # modules about it are loaded only where it is installed
+            raise
 """
 
 
