@@ -35,7 +35,7 @@ def write(path: Path, rows: list[Any]) -> Path:
         pq.write_table(pa.Table.from_pylist(rows), path)
         return path
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
     return path
 
 
@@ -119,8 +119,8 @@ def test_of_a_record_only_the_teacher_s_prompt_and_user_columns_are_carried(tmp_
         ("a.csv", b"prompt\n", InputError, "a name that ends with"),
         ("a.parquet", b"PAR1 and no more", InputError, "a Parquet file"),
         ("a.jsonl.gz", b'{"prompt": [1]}', InputError, "lines of JSON"),
-        ("a.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9], InputError, "lines of JSON"),
-        ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 9, InputError, "lines of JSON"),
+        ("a.jsonl.gz", gzip.compress(b"{}\n" * 99, mtime=0)[:-9], InputError, "lines of JSON"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 9, InputError, "lines of JSON"),
         ("a.parquet", PARQUET.replace(b"prompt", b"pro\xff\xfft"), InputError, "a Parquet file"),
         ("a.parquet", PARQUET.replace(b"text", b"t\xff\xfft"), InputError, "a Parquet file"),
     ],
