@@ -54,7 +54,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 test-slow: demo-packages
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -m '(slow or e2e) and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -m '(slow or e2e) and not gpu and not vllm and not ray'
 
 FUZZ_SECONDS ?= 2
 fuzz: install

@@ -5,7 +5,7 @@ t of the answer scores the token at index `targets[t]` given every token before 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Protocol
 
 import numpy as np
@@ -13,8 +13,11 @@ import numpy as np
 from stillroom.cache.errors import ConfigError
 from stillroom.cache.fingerprint import ModelFiles
 from stillroom.cache.identity import Identity, TeacherId
+from stillroom.cache.server_config import ServerConfig
+from stillroom.cache.vllm_config import VllmConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = ("transformers", "vllm", "server")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,9 +37,28 @@ class TeacherConfig:
     """Tokens of one forward, padding counted; >= 1. A longer sequence goes alone."""
     head_rows: int = 512
     """Positions whose logits are held at once; >= 1."""
+    backend: str = "transformers"
+    """What runs the model: transformers or vllm in this process, or server."""
+    exact_tail: bool = False
+    """vLLM: take hidden states from the engine and apply the head here, over the full vocabulary.
+    Tails are exact then, and any temperature or extra ids can be had."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """Of the backend vllm."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """Of the backend server."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        if self.backend not in BACKENDS:
+            raise ConfigError(
+                "teacher.backend", f"one of {BACKENDS}", repr(self.backend), "Change the setting."
+            )
+        if self.backend == "server" and not self.server.urls:
+            do = "Give the servers' base addresses."
+            raise ConfigError("teacher.server.urls", "at least one", "none", do)
+        if self.exact_tail and self.backend != "vllm":
+            got, do = f"the backend {self.backend}", "Leave it out."
+            raise ConfigError("teacher.exact_tail", "the backend vllm", got, do)
         if self.dtype not in DTYPES:
             raise ConfigError(
                 "teacher.dtype", f"one of {DTYPES}", repr(self.dtype), "Change the setting."

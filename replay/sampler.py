@@ -1,13 +1,16 @@
 """What a student sampler is to the rollout job, whichever engine runs it. Needs no torch."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
 from stillroom.cache.errors import ConfigError
 from stillroom.cache.teacher import DTYPES
+from stillroom.cache.vllm_config import VllmConfig
+
+BACKENDS = ("transformers", "vllm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +39,10 @@ class SamplerConfig:
     """Compute dtype: float32, bfloat16 or float16."""
     device: str = "auto"
     """auto (CUDA if there is one, else CPU), cpu, cuda or cuda:N."""
+    backend: str = "transformers"
+    """What runs the model: transformers or vllm."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """Of the backend vllm."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -43,6 +50,9 @@ class SamplerConfig:
             got = f"{self.samples_per_prompt}, {self.max_new_tokens} and {self.batch_rows}"
             names = "sampler.samples_per_prompt, max_new_tokens, batch_rows"
             raise ConfigError(names, "at least 1", got, "Raise them.")
+        if self.backend not in BACKENDS:
+            got, do = repr(self.backend), "Change the setting."
+            raise ConfigError("sampler.backend", f"one of {BACKENDS}", got, do)
         if self.extra < 0:
             raise ConfigError("sampler.extra", "0 or more", f"{self.extra}", "Change the setting.")
         if self.extra_drawn and not self.extra:
@@ -60,7 +70,7 @@ class SamplerConfig:
     def recorded(self) -> dict[str, Any]:
         """What decides the distribution and what is noted of it; stored with every part and shard.
         Extra ids stand there only if there are any, so that units without keep their names."""
-        left_out = {"batch_rows", "device"}
+        left_out = {"batch_rows", "device", "backend", "vllm"}
         left_out |= {name for name in ("extra", "extra_drawn") if not getattr(self, name)}
         kept = {k: v for k, v in asdict(self).items() if k not in left_out}
         return {**kept, "behaviour_logprob": "after temperature and filters"}

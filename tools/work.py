@@ -11,10 +11,12 @@ from stillroom.cache import jsonfile
 from stillroom.cache.errors import InputError, MissingError
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.identity import Identity
+from stillroom.cache.load_teacher import load_teacher
 from stillroom.cache.score import score
 from stillroom.cache.storage import Storage, local_path
 from stillroom.cache.store import IDENTITY_PATH, Cache
 from stillroom.cache.teacher import ScoreSpec, identity_of
+from stillroom.replay.load_sampler import load_sampler
 from stillroom.replay.policies import (
     check_student,
     free_version,
@@ -103,9 +105,7 @@ def score_all(job: ScoreJob) -> int:
     if not cache.unscored():
         say(f"score: nothing to do, {len(cache.commits())} parts are scored")
         return 0
-    from stillroom.cache.transformers_teacher import TransformersTeacher
-
-    teacher = TransformersTeacher(files, job.teacher)
+    teacher = load_teacher(files, job.teacher)
     report = score(cache, teacher, accept_numerics=job.accept_numerics)
     rate = report.positions / report.teacher_s if report.teacher_s else 0.0
     say(
@@ -266,10 +266,8 @@ def _prompts(
 def _sample(
     cache: Cache, files: ModelFiles, version: int, prompts: Prompts, job: RolloutJob | RefreshJob
 ) -> None:
-    from stillroom.replay.transformers_sampler import TransformersSampler
-
     cycle = refresh(cache, prompts.prompts, job.sampler, job.refresh, version)
-    report = rollout(cache, cycle, lambda: TransformersSampler(files, job.sampler))
+    report = rollout(cache, cycle, lambda: load_sampler(files, job.sampler))
     num_planned = sum(len(unit.prompt_ids) for unit in cycle.units)
     rate = report.positions / report.sample_s if report.sample_s else 0.0
     say(

@@ -14,11 +14,14 @@ from typing import Any
 from stillroom.cache import jsonfile
 from stillroom.cache.commits import commit_path, read_commit
 from stillroom.cache.fingerprint import ModelFiles
+from stillroom.cache.load_teacher import load_teacher
 from stillroom.cache.part import part_name, policy_of
 from stillroom.cache.score import score
 from stillroom.cache.storage import local_path
 from stillroom.cache.store import Cache
+from stillroom.cache.teacher import Teacher
 from stillroom.replay.cycle import Cycle, load_cycle, plan_cycle, store_cycle
+from stillroom.replay.load_sampler import load_sampler
 from stillroom.replay.policies import open_policy, policy_path, register_initial
 from stillroom.replay.prompts import Prompt, Prompts
 from stillroom.replay.refresh import cycle_name, refresh, retire_stale
@@ -118,18 +121,15 @@ class Pipeline:
 
     def _write_teacher_text(self) -> Result:
         """The teacher answers the held-out prompts and scores its own answers."""
-        from stillroom.replay.transformers_sampler import TransformersSampler
-
         cycle = self._plan_held_out(TEACHER_TEXT, self._loaded[1].prompts, 0, source="teacher")
         sampler = self._held_sampler
-        rollout(self._held, cycle, lambda: TransformersSampler(self._models.teacher, sampler))
+        rollout(self._held, cycle, lambda: load_sampler(self._models.teacher, sampler))
         self._score(self._held)
         return _commits(self._held, _parts(cycle)), {}
 
     def _measure(self, version: int) -> Result:
         """Fresh held-out rollouts of a policy, scored, and the student's distance on them."""
         from stillroom.cache.causal_lm import pick_device
-        from stillroom.replay.transformers_sampler import TransformersSampler
         from stillroom.train.evaluate import as_json, evaluate
         from stillroom.train.student import load_student
 
@@ -137,7 +137,7 @@ class Pipeline:
         written = load_cycle(self._held, TEACHER_TEXT)
         cycle = self._plan_held_out(cycle_name(version), written.prompts, version)
         sampler = self._held_sampler
-        rollout(self._held, cycle, lambda: TransformersSampler(files, sampler))
+        rollout(self._held, cycle, lambda: load_sampler(files, sampler))
         self._score(self._held)
         student = load_student(files, "float32", pick_device(self._config.train.device))
         parts = [*_parts(cycle), *_parts(written)]
@@ -147,13 +147,11 @@ class Pipeline:
         return _commits(self._held, parts), as_json(measured)
 
     def _roll_out(self, version: int) -> Result:
-        from stillroom.replay.transformers_sampler import TransformersSampler
-
         files = open_policy(self._cache.storage, version, self._models.student)
         sampler = self._config.sampler
         prompts = self._loaded[0].prompts
         cycle = refresh(self._cache, prompts, sampler, self._config.refresh, version)
-        rollout(self._cache, cycle, lambda: TransformersSampler(files, sampler))
+        rollout(self._cache, cycle, lambda: load_sampler(files, sampler))
         retired = retire_stale(self._cache, version, self._config.refresh.max_lag)
         parts = _parts(cycle)
         objects = [(self._root, f"rollouts/{part}.parquet") for part in parts]
@@ -260,10 +258,8 @@ class Pipeline:
         ]
 
     @cached_property
-    def _teacher(self) -> Any:
-        from stillroom.cache.transformers_teacher import TransformersTeacher
-
-        return TransformersTeacher(self._models.teacher, self._config.teacher)
+    def _teacher(self) -> Teacher:
+        return load_teacher(self._models.teacher, self._config.teacher)
 
     @cached_property
     def _loaded(self) -> tuple[Prompts, Prompts]:
