@@ -26,6 +26,7 @@ LAYOUT: dict[str, tuple[str, type]] = {
     "tail_logprob": ("P", np.float32),
     "sampled_logprob": ("P", np.float32),
     "behaviour_logprob": ("P", np.float32),
+    "weight": ("P", np.float32),
     "policy_version": ("P", np.int64),
     "sampling_temperature": ("P", np.float32),
     "source": ("P", np.int64),
@@ -47,6 +48,8 @@ UNUSED = {
 }
 """What stands in unused entries."""
 
+ONE = np.ones(1, np.float32)
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -55,7 +58,8 @@ class Row:
     number: int
     """Its number in its snapshot."""
     arrays: Arrays
-    """Every column of this one sequence, in the dtypes of a shard."""
+    """Every column of this one sequence, in the dtypes of a shard; and as `weight`, if the stream
+    reads one, its weights: (P,) float32, or (1,) for all positions."""
     sampling_temperature: float
     """Temperature of its behaviour logprobs; NaN if unknown."""
     cache: int = 0
@@ -92,6 +96,9 @@ class MicroBatch:
     """(P,) float32 nats, the teacher's."""
     behaviour_logprob: np.ndarray
     """(P,) float32 nats; NaN where unknown."""
+    weight: np.ndarray
+    """(P,) float32, finite and >= 0: what the position's loss is multiplied by, from the column
+    that `StreamConfig.weight_column` names; 1 without one."""
     policy_version: np.ndarray
     """(P,) int64: oldest policy that sampled the row; -1 if unknown."""
     sampling_temperature: np.ndarray
@@ -148,7 +155,8 @@ def collate(
         empty: allocates the results.
 
     Raises:
-        InputError: rows of one group differ in their prompts, or a token id is 2**31 or more.
+        InputError: rows of one group differ in their prompts, a token id is 2**31 or more, or a
+            weight is negative, infinite or NaN.
         ShapeError: columns of a row disagree in length.
     """
     segments = _segments(rows, groups)
@@ -182,6 +190,7 @@ def idle_micro_batch() -> MicroBatch:
     out["row_start"][1], out["prefix"][0], out["sampling_temperature"][0] = 1, -1, 1
     for name in ("tail_logprob", "sampled_logprob", "behaviour_logprob"):
         out[name][0] = np.nan
+    out["weight"][0] = 1
     return MicroBatch(**out)
 
 
@@ -252,11 +261,27 @@ def _copy_scores(out: Arrays, rows: Sequence[Row], counts: Sequence[int]) -> Non
     }
     for name, values in of_row.items():
         out[name][:] = np.repeat(values, counts)
+    _copy_weights(out["weight"], rows, counts)
     for name in ("tail_logprob", "sampled_logprob", "behaviour_logprob"):
         np.concatenate([row.arrays[name] for row in rows], out=out[name])
     for name, unused in UNUSED.items():
         if out[name].shape[1]:
             _copy_entries(out[name], name, unused, rows, counts)
+
+
+def _copy_weights(out: np.ndarray, rows: Sequence[Row], counts: Sequence[int]) -> None:
+    if not any("weight" in row.arrays for row in rows):
+        out[:] = 1
+        return
+    given = zip(rows, counts, strict=True)
+    own = [np.broadcast_to(row.arrays.get("weight", ONE), count) for row, count in given]
+    np.concatenate(own, out=out)
+    (bad,) = np.nonzero(~((out >= 0) & (out < np.inf)))
+    if len(bad):
+        row = rows[np.searchsorted(np.cumsum(counts), bad[0], side="right")]
+        where, expected = f"row {row.number}, its weights", "finite numbers of 0 or more"
+        do = "Correct the column in a new cache, or name another in replay.weight_column."
+        raise InputError(where, expected, f"{out[bad[0]]}", do)
 
 
 def _copy_entries(
@@ -282,6 +307,10 @@ def _copy_entries(
 def _check_lengths(rows: Sequence[Row], scored: Sequence[np.ndarray]) -> None:
     names = ("tail_logprob", "sampled_logprob", "behaviour_logprob", *UNUSED)
     for row, positions in zip(rows, scored, strict=True):
+        given = len(row.arrays.get("weight", ONE))
+        if given not in (1, len(positions)):
+            where, expected = f"row {row.number}, its weights", f"1 or {len(positions)} of them"
+            raise ShapeError(where, expected, f"{given}", "Run 'stillroom verify'.")
         for name in names:
             if len(row.arrays.get(name, positions)) != len(positions):
                 where, got = f"row {row.number}, {name}", f"{len(row.arrays[name])}"

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, field
 
 from stillroom.cache.errors import ConfigError
+from stillroom.cache.schema import USER_NAME
 from stillroom.replay.place import LAST_BATCHES
 from stillroom.replay.row_filter import RowFilter
 from stillroom.replay.selection import OVER_LONG
@@ -61,6 +62,9 @@ class StreamConfig:
     """Threads that read and decode; 0 for one a core, 8 at most, and 16 on an object store."""
     rows: RowFilter = field(default_factory=RowFilter)
     """Which rows are replayed."""
+    weight_column: str | None = None
+    """User column (`x_...`) with a weight >= 0 for each row or each position, which its loss is
+    multiplied by; what a step's loss is divided by counts every scored token once all the same."""
     lag_half_life: float | None = None
     """A row whose policy is this many versions behind the newest one of the snapshot comes in half
     of the epochs, one twice as far behind in a quarter; nothing: all rows come in every epoch."""
@@ -84,6 +88,9 @@ class StreamConfig:
         half = self.lag_half_life
         valid = half is None or 0 < half < math.inf
         _check("lag_half_life", valid, "a finite number above 0", half)
+        name = self.weight_column
+        valid = name is None or USER_NAME.fullmatch(name) is not None
+        _check("weight_column", valid, "the name of a user column, x_...", name)
 
     def read_threads(self, remote: bool) -> int:
         """Threads that read and decode."""

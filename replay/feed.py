@@ -104,7 +104,13 @@ class Feed:
         )
         self.selection_digest = self.selection.digest
         self.reader = RowReader(
-            source.cache, source.snapshot, config.block_rows, number, config.max_tokens, empty
+            source.cache,
+            source.snapshot,
+            config.block_rows,
+            number,
+            config.max_tokens,
+            empty,
+            weight_column=config.weight_column,
         )
         identity = source.cache.identity
         wide = BYTES["PK"] * identity.topk + BYTES["PM"] * identity.extra

@@ -1,15 +1,17 @@
 """Rows of a snapshot, in decoded blocks of neighbouring ones."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from stillroom.cache.commits import Commit
+from stillroom.cache.errors import MissingError
 from stillroom.cache.recycler import Empty
-from stillroom.cache.schema import EDGE_OF, Arrays, Axis
+from stillroom.cache.schema import EDGE_OF, USER_NAME, Arrays, Axis
+from stillroom.cache.shard import Shard
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
 from stillroom.replay.batch import Row
@@ -34,8 +36,11 @@ COLUMNS: dict[str, Axis] = {
     "prompt_length": "sequence",
 }
 """What is read of a shard."""
+WEIGHT = "weight"
+"""What a row's weights are called, whatever their column's name."""
 ENTRY_BYTES = 6
 POSITION_BYTES = 10
+WEIGHT_BYTES = 4
 EXTRA_BYTES = 10
 TOKEN_BYTES = 6
 
@@ -69,6 +74,7 @@ class RowReader:
         number: the cache's place among those that feed the stream.
         max_tokens: longer rows are cut to so many tokens.
         empty: makes the arrays of blocks.
+        weight_column: the user column that becomes a row's weights; None reads none.
     """
 
     def __init__(
@@ -79,15 +85,19 @@ class RowReader:
         number: int,
         max_tokens: int,
         empty: Empty = np.empty,
+        *,
+        weight_column: str | None = None,
     ) -> None:
         """Read nothing yet."""
+        self._weight_column = weight_column
         self._commits, self._number, self._max_tokens = snapshot.commits, number, max_tokens
         self._block_rows = block_rows
         self._ends = np.cumsum([commit.rows for commit in snapshot.commits]).tolist()
         self._shard = lru_cache(OPEN_SHARDS)(
             lambda part: cache.shard(snapshot.commits[part], empty)
         )
-        self._row_bytes = _row_bytes(snapshot.commits, cache.identity.topk, cache.identity.extra)
+        identity, weighted = cache.identity, weight_column is not None
+        self._row_bytes = _row_bytes(snapshot.commits, identity.topk, identity.extra, weighted)
 
     def block_of(self, row: int) -> int:
         """Number of the block that holds a row."""
@@ -108,7 +118,7 @@ class RowReader:
 
         Raises:
             CorruptError: stored bytes are damaged; names the object.
-            MissingError: a shard is gone.
+            MissingError: a shard is gone, or has no column of weights.
         """
         start = block * self._block_rows
         stop = min(start + self._block_rows, self._ends[-1])
@@ -117,10 +127,12 @@ class RowReader:
             part = bisect_right(self._ends, start)
             end, before = min(stop, self._ends[part]), self._ends[part - 1] if part else 0
             shard = self._shard(part)
-            arrays = shard.rows(start - before, end - before, COLUMNS)
+            names = {**COLUMNS, **self._weight_axis(shard)}
+            arrays = shard.rows(start - before, end - before, names)
             sampler = shard.manifest.attributes["sampler"]
             temperature, likeliest = _number(sampler.get("temperature")), notes_likeliest(sampler)
-            pieces.append(Piece(start, arrays, _columns(arrays), temperature, likeliest))
+            columns = _columns(arrays, names)
+            pieces.append(Piece(start, arrays, columns, temperature, likeliest))
             start = end
         return tuple(pieces)
 
@@ -131,24 +143,39 @@ class RowReader:
         arrays = _cut(_one(piece, at), self._max_tokens)
         return Row(number, arrays, piece.temperature, self._number, piece.extra_likeliest)
 
+    def _weight_axis(self, shard: Shard) -> dict[str, Axis]:
+        name = self._weight_column
+        if name is None:
+            return {}
+        if name not in shard.columns:
+            user = [n for n in shard.columns if USER_NAME.fullmatch(n)]
+            do = f"Set replay.weight_column to one that every shard has; this one has {user}."
+            raise MissingError(shard.path, f"a column {name!r}", "none", do)
+        return {name: shard.axis(name)}
+
 
 def _number(temperature: float | None) -> float:
     return float("nan") if temperature is None else temperature
 
 
-def _row_bytes(commits: Sequence[Commit], topk: int, extra: int) -> np.ndarray:
+def _row_bytes(commits: Sequence[Commit], topk: int, extra: int, weighted: bool) -> np.ndarray:
     lengths = np.concatenate([np.zeros((0, 3), np.int64), *(c.row_lengths() for c in commits)])
     per_position = topk * ENTRY_BYTES + extra * EXTRA_BYTES + POSITION_BYTES
+    per_position += WEIGHT_BYTES * weighted
     return np.asarray(lengths[:, 0] * TOKEN_BYTES + lengths[:, 2] * per_position)
 
 
-def _columns(arrays: Arrays) -> tuple[tuple[str, np.ndarray, Sequence[int]], ...]:
+def _columns(
+    arrays: Arrays, axes: Mapping[str, Axis]
+) -> tuple[tuple[str, np.ndarray, Sequence[int]], ...]:
     edges: dict[Axis, Sequence[int]] = {
         axis: arrays[e].tolist() for axis, e in EDGE_OF.items() if e in arrays
     }
     edges["sequence"] = range(len(arrays["source"]) + 1)
     return tuple(
-        (name, arrays[name], edges[axis]) for name, axis in COLUMNS.items() if name in arrays
+        (name if name in COLUMNS else WEIGHT, arrays[name], edges[axis])
+        for name, axis in axes.items()
+        if name in arrays
     )
 
 
@@ -162,4 +189,4 @@ def _cut(row: Arrays, max_tokens: int) -> Arrays:
         return row
     positions = int(row["scored"][:max_tokens].sum())
     kept = {"token": max_tokens, "position": positions, "sequence": 1}
-    return {name: array[: kept[COLUMNS[name]]] for name, array in row.items()}
+    return {name: array[: kept[COLUMNS.get(name, "position")]] for name, array in row.items()}

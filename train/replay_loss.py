@@ -120,10 +120,11 @@ class ReplayLoss:
         self, micro: MicroBatch, count: StepCount, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What each position's loss and cross-entropy are multiplied by, (P,) each."""
-        share, size = self.objective.cross_entropy, micro.num_positions
+        share = self.objective.cross_entropy
         dtype = torch.promote_types(like.dtype, torch.float32)
-        weight = like.new_full((size,), (1 - share) / max(1, count.positions), dtype=dtype)
+        own = torch.from_numpy(micro.weight).to(like.device, dtype)
+        weight = own * ((1 - share) / max(1, count.positions))
         if not share:
             return weight, None
         crossed = torch.from_numpy(self.crossed(micro)).to(like.device, dtype)
-        return weight, crossed * (share / max(1, count.cross_entropy))
+        return weight, own * crossed * (share / max(1, count.cross_entropy))

@@ -158,6 +158,33 @@ def test_columns_of_other_lengths_are_refused(name: str) -> None:
         collate([row])
 
 
+def test_weights_stand_at_their_positions() -> None:
+    """One for the whole row, one a position, or none, which is 1."""
+    weights = {"weight": np.array([0.25, 0, 3], np.float32)}
+    one = {"weight": np.array([0.5], np.float32)}
+    rows = [
+        hand_row(0, [1], [2, 3, 4, 5], scored=[1, 0, 1, 1], **weights),
+        hand_row(1, [1], [2, 3], **one),
+        hand_row(2, [1], [2, 3]),
+    ]
+    assert collate(rows).weight.tolist() == [0.25, 0, 3, 0.5, 0.5, 1, 1]
+    assert collate(rows[2:]).weight.tolist() == [1, 1]
+    assert collate(rows).weight.dtype == np.float32
+
+
+@pytest.mark.parametrize("weight", [-0.5, np.nan, np.inf])
+def test_weights_that_are_no_weights_are_refused(weight: float) -> None:
+    rows = [
+        hand_row(4, [1], [2, 3]),
+        hand_row(6, [1], [2, 3], weight=np.array([1, weight], np.float32)),
+    ]
+    with pytest.raises(InputError, match=f"row 6, its weights: expected finite.*; got {weight}"):
+        collate(rows)
+    rows[1].arrays["weight"] = np.ones(3, np.float32)
+    with pytest.raises(ShapeError, match="row 6, its weights: expected 1 or 2 of them; got 3"):
+        collate(rows)
+
+
 SHARED = [
     hand_row(0, [7, 8, 9], [20, 21]),
     hand_row(1, [7, 8, 9], [30], scored=[1]),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stillroom.cache.errors import MissingError
-from stillroom.cache.example_shards import random_shard
+from stillroom.cache.example_shards import USER_AXES, random_shard
 from stillroom.cache.schema import Arrays
 from stillroom.cache.store import Cache
 from stillroom.replay.batch import collate
@@ -85,6 +85,11 @@ def open_reader(cache: Cache, block_rows: int, max_tokens: int = LONGEST) -> Row
     return RowReader(cache, cache.snapshot(), block_rows, 3, max_tokens)
 
 
+def open_weighted(cache: Cache, name: str, max_tokens: int = LONGEST) -> RowReader:
+    """A reader of all of a cache and of a user column as weights."""
+    return RowReader(cache, cache.snapshot(), 4, 3, max_tokens, weight_column=name)
+
+
 def assert_equal(found: Arrays, expected: Arrays) -> None:
     """Equal to the bit, dtypes too."""
     assert set(found) == set(expected)
@@ -149,6 +154,33 @@ def test_only_what_a_batch_needs_is_read(cache: Cache) -> None:
     """Above all no user column, which has as many entries as rows or as positions."""
     for piece in open_reader(cache, 3).read(0):
         assert set(piece.arrays) == {*COLUMNS, "sequence_start", "position_start"}
+
+
+@pytest.mark.parametrize("name", USER_AXES)
+def test_a_user_column_becomes_weights(cache: Cache, name: str) -> None:
+    """Of a row or of its positions, also where it is cut."""
+    whole = [cache.shard(commit).all_rows()[name] for commit in cache.snapshot().commits]
+    for max_tokens in (LONGEST, 5):
+        reader = open_weighted(cache, name, max_tokens)
+        plain = open_reader(cache, 4, max_tokens)
+        rows = [reader.row(reader.read(reader.block_of(n)), n) for n in range(ROWS)]
+        for number, row in enumerate(rows):
+            weight = row.arrays.pop("weight")
+            positions = len(row.arrays["sampled_logprob"])
+            assert len(weight) == (
+                min(1, positions) if USER_AXES[name] == "sequence" else positions
+            )
+            block = plain.read(plain.block_of(number))
+            assert_equal(row.arrays, plain.row(block, number).arrays)
+        if max_tokens == LONGEST:
+            again = [reader.row(reader.read(reader.block_of(n)), n) for n in range(ROWS)]
+            found = np.concatenate([row.arrays["weight"] for row in again])
+            assert found.tobytes() == np.concatenate(whole).tobytes()
+
+
+def test_weights_that_a_shard_does_not_have_are_missed(cache: Cache) -> None:
+    with pytest.raises(MissingError, match=r"'x_none'; got none.*x_"):
+        open_weighted(cache, "x_none").read(0)
 
 
 def test_a_block_is_as_large_as_it_says(cache: Cache) -> None:

@@ -103,6 +103,35 @@ def test_each_part_of_the_loss_has_the_number_of_its_own_positions(
     assert (grad - other).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_weights_multiply_what_each_position_adds(
+    student: Student, cache: Cache, share: float
+) -> None:
+    """And change nothing in what a step is divided by."""
+    (batch,) = (mixed(batch) for batch in batches(cache, 1))
+    rng = np.random.default_rng(0)
+    micro = [
+        replace(m, weight=rng.uniform(0, 2, m.num_positions).astype(np.float32))
+        for m in batch.micro_batches
+        if m is not None
+    ]
+    weighted = replace(batch, micro_batches=tuple(micro))
+    found, _ = gradient(student, cache, [weighted], cross_entropy=share)
+    vocab = cache.identity.vocab_size
+    expected = 0.0
+    with torch.no_grad():
+        for m in micro:
+            target, logits = to_target(m, CPU).to(dtype=torch.float64), student(m)
+            weight = torch.from_numpy(m.weight).double()
+            crossed = torch.from_numpy(m.source == SOURCES.index("teacher"))
+            kl = (weight * divergence(logits, target, vocab_size=vocab)).sum()
+            ce = (weight * crossed * cross_entropy(logits, target, vocab_size=vocab)).sum()
+            expected += (1 - share) * kl.item() / found.count.positions
+            expected += share * ce.item() / max(1, found.count.cross_entropy)
+    assert found.count.positions == sum(m.num_positions for m in micro)
+    assert found.loss == pytest.approx(expected, abs=1e-9)
+
+
 def test_without_text_to_cross_there_is_only_the_rest(student: Student, cache: Cache) -> None:
     """All rows are the student's: the term is 0, and not 0 / 0."""
     taken = batches(cache, 1)
