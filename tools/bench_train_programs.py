@@ -59,9 +59,10 @@ def replay(turn: Turn, prepared: Prepared, output: str, settings: dict[str, Any]
     """Our trainer, from the stream to the optimiser's step."""
     stream = _stream_config(prepared)
     config = ReplayConfig(**settings, max_steps=ENDLESS, device="cpu", replay=stream)
-    callbacks = (_InTurn(turn),)
+    callbacks, folder = (_InTurn(turn),), Path(output)
+    run = folder.name.replace(",", "")
     ReplayTrainer(
-        prepared.student, prepared.root, config, output=Path(output), callbacks=callbacks
+        prepared.student, prepared.root, config, output=folder, run=run, callbacks=callbacks
     ).train()
 
 
