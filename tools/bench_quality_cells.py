@@ -20,31 +20,31 @@ class Study:
 
     models: str = "~/.cache/stillroom/quickstart"
     """Folder with teacher, student, prompts.jsonl and held_out.jsonl."""
-    updates: int = 48
+    updates: int = 32
     """Optimiser steps of every cell."""
-    eval_every: int = 12
+    eval_every: int = 8
     """Updates between measurements."""
     intervals: tuple[int, ...] = (4, 16, 64)
     """Updates between refreshes of replay."""
     control_interval: int = 16
     """Updates between refreshes of the controls: shuffled scores, and the truncated loss."""
-    refresh_rows: int = 64
+    refresh_rows: int = 32
     """Rows that a refresh samples; no more than are replayed until the next one."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the prompts' order, of sampling and of the replay order."""
-    batch_rows: int = 8
+    batch_rows: int = 4
     """Rows of an update."""
-    max_new_tokens: int = 48
+    max_new_tokens: int = 40
     """Longest completion, in training and in measurements."""
-    max_prompt_tokens: int = 176
+    max_prompt_tokens: int = 128
     """Longer prompts are left out."""
-    held_out_prompts: int = 10
+    held_out_prompts: int = 8
     """Prompts that are measured on."""
     learning_rate: float = 2e-4
     """Of AdamW without weight decay, constant."""
     topk: int = 64
     """K of replay and of the measurements."""
-    threads: int = 2
+    threads: int = 1
     """CPU threads of a cell."""
 
     def __post_init__(self) -> None:
