@@ -36,7 +36,7 @@ class Study:
     """Rows of an update."""
     max_new_tokens: int = 40
     """Longest completion, in training and in measurements."""
-    max_prompt_tokens: int = 128
+    max_prompt_tokens: int = 176
     """Longer prompts are left out."""
     held_out_prompts: int = 8
     """Prompts that are measured on."""
