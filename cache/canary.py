@@ -6,6 +6,8 @@ must have confirmed it.
 """
 
 import re
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,8 @@ KEPT = 16
 MAX_BYTES = 4 << 20
 SAME_CLASS = (0.01, 3e-4)
 NEW_CLASS = (0.06, 3e-3)
+CHECK_EVERY_S = 3600.0
+"""A teacher that stays in memory scores the canary again after so long."""
 LEAST = float(np.finfo(np.float16).min)
 """Of a stored logprob, nats."""
 
@@ -75,6 +79,33 @@ def check_canary(
     if not cache.storage.put_new(path, jsonfile.dump_sealed({**scores, "order": len(known)})):
         return _compare(cache, path, scores, SAME_CLASS, teacher)
     return difference
+
+
+class CanaryCheck:
+    """The canary of a teacher that stays in memory: scored at the first call, and again once
+    `CHECK_EVERY_S` have passed.
+
+    Args:
+        cache: the cache that it fills.
+        teacher: the teacher.
+        accept_numerics: a person confirmed a numeric class that the cache has not seen.
+    """
+
+    def __init__(self, cache: Cache, teacher: Teacher, accept_numerics: bool = False) -> None:
+        """Nothing is scored yet."""
+        self._cache, self._teacher, self._accept = cache, teacher, accept_numerics
+        self._checked_at = -float("inf")
+
+    def if_due(self) -> None:
+        """Compare the teacher with the canary, if it is time.
+
+        Raises:
+            MismatchError: as `check_canary`.
+        """
+        now = time.monotonic()
+        if now - self._checked_at >= CHECK_EVERY_S:
+            check_canary(self._cache, self._teacher, accept_numerics=self._accept)
+            self._checked_at = now
 
 
 def canary_rows(vocab_size: int, max_length: int) -> list[ScoreRow]:
@@ -134,8 +165,13 @@ def _score(cache: Cache, teacher: Teacher) -> dict[str, Any]:
     rows = canary_rows(identity.vocab_size, identity.max_length)
     spec = ScoreSpec(topk=identity.topk, temperature=identity.temperature)
     found = dict(teacher.score(rows, spec))
-    ordered: list[RowScores] = [found[i] for i in range(len(rows))]
-    kept = min(KEPT, identity.topk)
+    return canary_scores([found[i] for i in range(len(rows))])
+
+
+def canary_scores(ordered: Sequence[RowScores]) -> dict[str, Any]:
+    """What is kept of the scores of `canary_rows`: leading entries and the fixed tokens' logprobs,
+    as JSON has them."""
+    kept = min(KEPT, ordered[0].topk_id.shape[1])
     return {
         "topk_id": np.concatenate([s.topk_id[:, :kept] for s in ordered]).tolist(),
         "topk_logprob": _finite([s.topk_logprob[:, :kept] for s in ordered]),
@@ -153,7 +189,7 @@ def _compare(
     cache: Cache, path: str, scores: dict[str, Any], limits: tuple[float, float], teacher: Teacher
 ) -> Difference:
     where = cache.storage.describe(path)
-    difference = _difference(read_canary(cache, path), scores)
+    difference = canary_difference(read_canary(cache, path), scores)
     if not difference.within(limits):
         raise MismatchError(
             where,
@@ -166,7 +202,8 @@ def _compare(
     return difference
 
 
-def _difference(first: dict[str, Any], second: dict[str, Any]) -> Difference:
+def canary_difference(first: dict[str, Any], second: dict[str, Any]) -> Difference:
+    """How far apart two results of `canary_scores` are, with equal numbers of entries."""
     sampled = np.abs(np.subtract(first["sampled_logprob"], second["sampled_logprob"]))
     kl = [
         _kl(dict(zip(i1, l1, strict=True)), dict(zip(i2, l2, strict=True)))

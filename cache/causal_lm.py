@@ -13,6 +13,7 @@ from transformers.utils import logging as hf_logging
 
 from stillroom.cache.errors import ConfigError, InputError, first_line
 from stillroom.cache.fingerprint import ModelFiles
+from stillroom.cache.model_memory import check_fits
 
 PROBE_TOKENS = 8
 HEAD_TOLERANCE = 0.05
@@ -41,9 +42,10 @@ def load_causal_lm(files: ModelFiles, dtype: str, device: torch.device) -> PreTr
     """Load a model whose folder was inspected; in eval mode.
 
     Raises:
-        InputError: weights are missing or do not fit, or its head cannot be separated from its
-            trunk.
+        InputError: there is not memory enough, weights are missing or do not fit, its head cannot
+            be separated from its trunk, or it reads what comes after a token too.
     """
+    check_fits(files, dtype, device)
     hf_logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -68,6 +70,7 @@ def load_causal_lm(files: ModelFiles, dtype: str, device: torch.device) -> PreTr
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")  # transformers' fused attention leaves the cap out
     _check_head(model, files)
+    _check_causal(model, files)
     return model
 
 
@@ -120,4 +123,21 @@ def _check_head(model: PreTrainedModel, files: ModelFiles) -> None:
             "an output head that is one matrix, a scale and a soft-cap",
             f"logits that differ by {difference:.3g} ({type(model).__name__})",
             "This architecture is not supported yet.",
+        )
+
+
+def _check_causal(model: PreTrainedModel, files: ModelFiles) -> None:
+    """No token may change what is computed before it."""
+    ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % files.vocab_size
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % files.vocab_size
+    with torch.no_grad():
+        first, second = (trunk(model, each)[:, :-1].float() for each in (ids, other))
+    difference = (first - second).abs().max().item()
+    if math.isfinite(difference) and difference > HEAD_TOLERANCE * first.abs().max().item():
+        raise InputError(
+            str(files.folder),
+            "a causal language model",
+            f"hidden states that follow later tokens too ({type(model).__name__})",
+            "Choose a model that predicts the next token.",
         )

@@ -35,12 +35,15 @@ def check_rows(
         max_extra: extra ids that may stand beside one token.
 
     Raises:
-        InputError: names the first such row; or there is none at all.
+        InputError: names the first such row, and says how many there are; or there is none at all.
     """
     if not len(table):
         raise InputError(where, "at least one rollout", "none", "Leave the part out.")
-    for row, problem in bad_rows(table, vocab_size, max_length, max_extra).items():
-        raise unusable_row(where, row, problem)
+    found = bad_rows(table, vocab_size, max_length, max_extra)
+    if found:
+        row, problem = next(iter(found.items()))
+        more = f" (and {len(found) - 1:,} more such rows)" if len(found) > 1 else ""
+        raise unusable_row(where, row, problem + more)
 
 
 def unusable_row(where: str, row: int, problem: str) -> InputError:

@@ -1,9 +1,9 @@
-"""Claims: which parts are being scored at the moment, and by whom.
+"""Claims: which parts are being sampled or scored at the moment, and by whom.
 
-They save work and nothing else: any number of scorers may score the same part, and one commit wins.
-A claim is live while its object is renewed, which takes a scorer that gets on. It is dead once it
-was not renewed for a minute by the storage's clock, and at once when it belongs to a process of
-this machine that is gone. Scorers overwrite claims and delete none.
+They save work and nothing else: any number of workers may do the same part, and what one of them
+puts first holds. A claim is live while its object is renewed, which takes a worker that gets on. It
+is dead once it was not renewed for a minute by the storage's clock, and at once when it belongs to
+a process of this machine that is gone. Workers overwrite claims and delete none.
 """
 
 import os
@@ -27,18 +27,18 @@ MAX_BYTES = 64 << 10
 RENEW_EVERY_S = 10.0
 DEAD_AFTER_S = 60.0
 STALLED_AFTER_S = 10 * DEAD_AFTER_S
-"""A scorer that shows no progress for so long renews its claim no more: it may hang for ever. One
+"""A worker that shows no progress for so long renews its claim no more: it may hang for ever. One
 that only was slow costs its part's work twice, so this is longer than a teacher's largest batch
 takes, or the put of a shard on a slow line."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """Who scores a part."""
+    """Who samples or scores a part."""
 
     part: str
     worker: str
-    """Random id of one run of the score job."""
+    """Random id of one run of a job."""
     host: str
     machine: str
     """Boot and process namespace: processes of equal machines see one another."""
@@ -59,11 +59,14 @@ class Claims:
 
     Args:
         storage: the cache's storage.
+        stalled_after_s: seconds without a step forward after which a claim is not renewed; None is
+            `STALLED_AFTER_S`.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, stalled_after_s: float | None = None) -> None:
         """Draw the worker's id; nothing is written."""
         self._storage = storage
+        self._stalled_after_s = STALLED_AFTER_S if stalled_after_s is None else stalled_after_s
         self._clock = StoreClock(storage)
         self._warned = False
         self._renewed_at: dict[str, float] = {}
@@ -115,10 +118,10 @@ class Claims:
         Trouble with the claim never fails the block: it is printed, once.
 
         Yields:
-            What to call at each step forward. After `STALLED_AFTER_S` without a call the claim is
+            What to call at each step forward. After `stalled_after_s` without a call the claim is
             not renewed, until the next one.
         """
-        work = _Work()
+        work = _Work(self._stalled_after_s)
         thread = threading.Thread(target=self._renew, args=(part, work), daemon=True)
         thread.start()
         try:
@@ -131,7 +134,7 @@ class Claims:
     def _renew(self, part: str, work: "_Work") -> None:
         while not work.ended.wait(RENEW_EVERY_S):
             if work.stalled():
-                self._warn(part, f"nothing came of it for {STALLED_AFTER_S:.0f} s")
+                self._warn(part, f"nothing came of it for {self._stalled_after_s:.0f} s")
             else:
                 self._put(part)
 
@@ -146,7 +149,7 @@ class Claims:
 
     def _warn(self, part: str, why: StorageError | str) -> None:
         if not self._warned:
-            print(f"  warning: others may score {part} too: {why}", file=sys.stderr, flush=True)
+            print(f"  warning: others may do {part} too: {why}", file=sys.stderr, flush=True)
         self._warned = True
 
     def _mine(self, part: str, *, working: bool = True) -> bytes:
@@ -186,8 +189,9 @@ class Claims:
 class _Work:
     """The work on one part: whether it has ended, and when it last got on."""
 
-    def __init__(self) -> None:
+    def __init__(self, stalled_after_s: float) -> None:
         self.ended = threading.Event()
+        self._stalled_after_s = stalled_after_s
         self._since = Stopwatch()
 
     def progress(self) -> None:
@@ -196,7 +200,7 @@ class _Work:
 
     def stalled(self) -> bool:
         """Whether nothing came for so long that nothing may come any more."""
-        return self._since.elapsed_s() > STALLED_AFTER_S
+        return self._since.elapsed_s() > self._stalled_after_s
 
 
 def may_run(claim: Claim) -> bool:

@@ -16,6 +16,8 @@ from stillroom.cache import jsonfile
 from stillroom.cache.errors import InputError, MissingError, first_line
 from stillroom.cache.storage import local_path
 
+CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the classes of models end that have a head and may be causal."""
 VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache")
 SAMPLE_BYTES = 4096
 MAX_HEADER_BYTES = 100 << 20
@@ -37,6 +39,8 @@ class ModelFiles:
     """Rows of the output head; larger than vocab_size where the head is padded."""
     max_length: int
     """Positions that the model was made for, in tokens."""
+    members: tuple["ModelFiles", ...] = ()
+    """Further models, where this is the first one of an ensemble."""
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
@@ -69,11 +73,13 @@ def inspect_model(model: str, revision: str | None = None) -> ModelFiles:
 
     Raises:
         MissingError: no such folder, or a file of it is missing.
-        InputError: a weight file is cut short, or a file cannot be parsed.
+        InputError: a weight file is cut short, a file cannot be parsed, or the model is no causal
+            language model.
     """
     folder = resolve(model, revision)
     config = _read_json(folder / "config.json")
-    tensors = _tensors(folder)
+    _check_causal(config, folder)
+    tensors = tensors_of(folder)
     text_config = config.get("text_config") or config
     width = text_config.get("vocab_size")
     if not isinstance(width, int):
@@ -121,30 +127,53 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _tensors(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def tensors_of(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Every tensor of a model by name: its file, and dtype, shape and first and last byte there.
+
+    Raises:
+        MissingError: a weight file is missing.
+        InputError: one is cut short, or lacks a tensor that the index names.
+    """
     index = folder / "model.safetensors.index.json"
-    names = (
-        sorted(set(_read_json(index)["weight_map"].values()))
-        if index.is_file()
-        else ["model.safetensors"]
-    )
+    named = _weight_map(index) if index.is_file() else {}
     tensors: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for name in names:
+    for name in sorted(set(named.values())) or ["model.safetensors"]:
         path = folder / name
         if not path.is_file():
-            raise MissingError(
-                str(path),
-                "a weight file",
-                "nothing",
-                "The folder is not complete: save the model again.",
-            )
+            do = "The folder is not complete: download or save the model again."
+            raise MissingError(str(path), "a weight file", "nothing", do)
         for tensor, entry in _safetensors_header(path).items():
             tensors[tensor] = (path, entry)
+    absent = sorted(named.keys() - tensors.keys())
+    if absent:
+        got = f"none of {len(absent)} tensors that the index names, such as {absent[0]}"
+        do = "The folder is not complete: download or save the model again."
+        raise InputError(str(folder), "every tensor of the index", got, do)
     if not tensors:
         raise InputError(
             str(folder), "weights in safetensors", "no tensor", "Save the model again."
         )
     return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    named = _read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        expected, got = "a file's name for each tensor", repr(named)[:80]
+        raise InputError(f"{index}, weight_map", expected, got, "Save the model again.")
+    return named
+
+
+def _check_causal(config: dict[str, Any], folder: Path) -> None:
+    """Refuse what predicts no next token: encoders, encoder-decoders, models without a head. What
+    is not told here is found when the model is loaded."""
+    classes = config.get("architectures") or []
+    is_causal = any(str(name).endswith(CAUSAL) for name in classes) or not classes
+    if not is_causal or config.get("is_encoder_decoder"):
+        kind = "an encoder and a decoder" if is_causal else ", ".join(map(str, classes))
+        where = str(folder / "config.json")
+        do = "Choose a model that predicts the next token."
+        raise InputError(where, "a causal language model", kind, do)
 
 
 def _safetensors_header(path: Path) -> dict[str, dict[str, Any]]:

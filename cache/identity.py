@@ -1,6 +1,8 @@
 """The identity of a cache: which teacher scored it, and how. Written once, compared by every job
 that opens it."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -14,6 +16,8 @@ MAX_EXTRA = 1024
 SHARD_FORMATS = ("zarr", "parquet")
 MAX_TOPK = 65535
 FOR_PEOPLE = ("teacher.name", "teacher.revision")
+LEFT_OUT: dict[str, Any] = {"ensemble": (), "id_map": ""}
+"""Fields that the bytes do not have where they have these values."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +29,23 @@ class TeacherId:
     weight_format: str
     compute_dtype: str
     fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemberId:
+    """One model of an ensemble."""
+
+    name: str
+    revision: str | None
+    weight_format: str
+    fingerprint: str
+    weight: float
+    """Its share of the probability, above 0; those of all members sum to 1."""
+
+
+def fingerprint_of(members: Sequence[MemberId]) -> str:
+    """Fingerprint of an ensemble: of its members' fingerprints and weights, in their order."""
+    return jsonfile.digest(jsonfile.dump([[m.fingerprint, m.weight] for m in members]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +73,11 @@ class Identity:
     """Whose they are: none (M is 0), student (the part brings them), or tail (the teacher draws
     them from its probability outside the kept entries)."""
     shard_format: str = "zarr"
+    ensemble: tuple[MemberId, ...] = ()
+    """Two models or more whose mixture the teacher is; none where it is one model."""
+    id_map: str = ""
+    """Hash of the object `id_map.json`, which maps the cache's ids to the teacher's; empty where
+    they are the same. Tokenizer and vocabulary are then the student's."""
     required_features: tuple[str, ...] = ()
     """What a reader must know beyond the format version; it refuses what it does not."""
     format_version: int = FORMAT_VERSION
@@ -75,6 +101,17 @@ class Identity:
             _refuse("shard_format", f"one of {SHARD_FORMATS}", self.shard_format)
         if self.logit_width < self.vocab_size:
             _refuse("logit_width", f"at least the tokenizer's {self.vocab_size}", self.logit_width)
+        self._check_ensemble()
+
+    def _check_ensemble(self) -> None:
+        weights = [member.weight for member in self.ensemble]
+        if not weights:
+            return
+        if len(weights) == 1 or not min(weights) > 0 or not abs(math.fsum(weights) - 1) < 1e-9:
+            _refuse("ensemble", "two members or more, weights above 0 that sum to 1", weights)
+        if self.teacher.fingerprint != fingerprint_of(self.ensemble):
+            expected = "the digest of its members' fingerprints and weights"
+            _refuse("teacher.fingerprint", expected, self.teacher.fingerprint)
 
     @property
     def student_extra(self) -> int:
@@ -84,7 +121,9 @@ class Identity:
 
     def to_json(self) -> bytes:
         """Canonical bytes, as stored in `cache.json`."""
-        return jsonfile.dump_sealed(asdict(self))
+        value = asdict(self)
+        kept = {k: v for k, v in value.items() if k not in LEFT_OUT or v != LEFT_OUT[k]}
+        return jsonfile.dump_sealed(kept)
 
     def digest(self) -> str:
         """Hash of the canonical bytes; commits and shards carry it."""
@@ -104,6 +143,7 @@ class Identity:
         if version != FORMAT_VERSION:
             do = "Read it with the version of Stillroom that wrote it."
             raise MismatchError(where, f"format version {FORMAT_VERSION}", f"{version!r}", do)
+        empty = [name for name in LEFT_OUT if name in value and not value[name]]
         try:
             unknown = sorted(set(value["required_features"]) - KNOWN_FEATURES)
             if unknown:
@@ -111,11 +151,16 @@ class Identity:
                 raise MismatchError(where, "only features known here", f"{unknown}", do)
             value["teacher"] = jsonfile.build(TeacherId, value["teacher"], where)
             value["required_features"] = tuple(value["required_features"])
+            members = [jsonfile.build(MemberId, m, where) for m in value.get("ensemble", ())]
+            value = {**LEFT_OUT, **value, "ensemble": tuple(members)}
         except (KeyError, TypeError) as error:
             raise CorruptError(
                 where, "a cache identity", f"no usable {error}", "Restore the file."
             ) from error
         identity: Identity = jsonfile.build(Identity, value, where)
+        if empty:
+            expected = "nothing in place of an empty field"
+            raise CorruptError(where, expected, ", ".join(empty), "Restore the file.")
         return identity
 
     def check_same(self, other: "Identity", where: str) -> None:
@@ -137,8 +182,10 @@ class Identity:
 
 
 def _flat(value: dict[str, Any]) -> dict[str, Any]:
-    teacher = value.pop("teacher")
-    return {**{f"teacher.{f.name}": teacher[f.name] for f in fields(TeacherId)}, **value}
+    teacher, members = value.pop("teacher"), value.pop("ensemble")
+    told = [(member["fingerprint"], member["weight"]) for member in members]
+    named = {f"teacher.{f.name}": teacher[f.name] for f in fields(TeacherId)}
+    return {**named, "ensemble": told, **value}
 
 
 def _refuse(name: str, expected: str, got: object) -> None:

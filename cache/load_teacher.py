@@ -1,28 +1,72 @@
-"""The teacher that a job's settings ask for, loaded or connected."""
+"""The teacher that a job's settings ask for: one model or an ensemble, inspected, then loaded or
+connected."""
 
-from stillroom.cache.fingerprint import ModelFiles
+from dataclasses import replace
+
+from stillroom.cache.errors import MismatchError
+from stillroom.cache.fingerprint import ModelFiles, inspect_model
+from stillroom.cache.id_map import IdMap
 from stillroom.cache.teacher import Teacher, TeacherConfig
 
 
-def load_teacher(files: ModelFiles, config: TeacherConfig) -> Teacher:
+def inspect_teacher(config: TeacherConfig) -> ModelFiles:
+    """Inspect a teacher's model; of an ensemble the first one, with the others as its members.
+
+    Raises:
+        MissingError, InputError: a model folder is missing or not whole.
+        MismatchError: members of an ensemble have other tokenizers.
+    """
+    first, *others = (inspect_model(one.model, one.revision) for one in config.members())
+    for files in others:
+        mine, theirs = (
+            (one.tokenizer_fingerprint, one.vocab_size, min(one.logit_width, first.vocab_size))
+            for one in (first, files)
+        )
+        if theirs != mine:
+            expected = f"the tokenizer and vocabulary of {first.folder}, {mine}"
+            do = "An ensemble adds up probabilities of the same tokens: choose other members."
+            raise MismatchError(str(files.folder), expected, f"{theirs}", do)
+    return replace(first, members=tuple(others))
+
+
+def load_teacher(files: ModelFiles, config: TeacherConfig, id_map: IdMap | None = None) -> Teacher:
     """Load or connect a teacher; what its backend needs is imported here and nowhere else.
 
     Args:
-        files: its inspected folder.
+        files: as `inspect_teacher` gives them.
         config: how it runs.
+        id_map: from the ids of rows and scores to the teacher's; None where they are the same.
 
     Raises:
         MissingError: a package that the backend needs is not installed.
         StillroomError: as the backend's own class.
     """
+    if config.backend == "transformers":
+        from stillroom.cache.transformers_teacher import TransformersTeacher
+
+        return TransformersTeacher(files, config, id_map)
+    teacher: Teacher
+    if config.ensemble:
+        from stillroom.cache.mixed_teacher import MixedTeacher
+
+        every = zip((files, *files.members), config.members(), strict=True)
+        members = [_connect(replace(one, members=()), own) for one, own in every]
+        teacher = MixedTeacher(members, config.shares(), files.vocab_size, config.ensemble_topk)
+    else:
+        teacher = _connect(files, config)
+    if id_map is None:
+        return teacher
+    from stillroom.cache.mapped_teacher import MappedTeacher
+
+    return MappedTeacher(teacher, id_map)
+
+
+def _connect(files: ModelFiles, config: TeacherConfig) -> Teacher:
+    """One model behind vLLM or servers."""
     if config.backend == "vllm":
         from stillroom.cache.vllm_teacher import VllmTeacher
 
         return VllmTeacher(files, config)
-    if config.backend == "server":
-        from stillroom.cache.server_teacher import ServerTeacher
+    from stillroom.cache.server_teacher import ServerTeacher
 
-        return ServerTeacher(files, config)
-    from stillroom.cache.transformers_teacher import TransformersTeacher
-
-    return TransformersTeacher(files, config)
+    return ServerTeacher(files, config)

@@ -6,31 +6,26 @@ deleted here.
 """
 
 import os
-import random
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from stillroom.cache.agreement import check_agreement
-from stillroom.cache.canary import check_canary
+from stillroom.cache.canary import CanaryCheck
 from stillroom.cache.check_rows import check_rows
 from stillroom.cache.claims import Claims
 from stillroom.cache.errors import InputError, NumericsError
+from stillroom.cache.outlook import Outlook
 from stillroom.cache.part_arrays import part_arrays
 from stillroom.cache.progress import Progress
 from stillroom.cache.score_rows import score_columns, score_rows
 from stillroom.cache.shard_writer import ScoredBy
+from stillroom.cache.shared_work import SharedWork
 from stillroom.cache.store import Cache
-from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec, Teacher
-
-LOOK_AFTER_S = (2.0, 30.0)
-"""A scorer that waits for others looks again after the first, and then less and less often, down to
-the second."""
-FULL_LOOK_EVERY = 4
-"""Looks of which one asks for more than claims: whether the parts are still to be scored at all."""
+from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec, Teacher, stats_of
+from stillroom.cache.workers import ALONE, Worker
 
 
 @dataclass(slots=True)
@@ -45,94 +40,146 @@ class ScoreReport:
     """Scored tokens committed."""
     teacher_s: float = 0.0
     """Seconds that the teacher took for them."""
+    work_s: float = 0.0
+    """Seconds of this process for the parts that it worked on, with reading and storing."""
+    model_s: float = 0.0
+    """Seconds of those in which the teacher's model ran; 0 where the teacher does not tell."""
 
 
-def score(
-    cache: Cache, teacher: Teacher, *, accept_numerics: bool = False, check_teacher: bool = True
-) -> ScoreReport:
-    """Score every part that has no shard.
+class Scorer:
+    """A loaded teacher and the cache that it fills: it scores what it is given, part by part.
 
-    Parts that other scorers have claimed are left to them until nothing else is left to do. Then
-    this one waits, and takes over what they do not finish: in the end every part is scored.
+    The canary is scored before the first part, and again once an hour.
 
     Args:
         cache: where the parts lie.
         teacher: an engine that runs the identity's teacher.
         accept_numerics: allow a numeric class that the cache has not seen.
-        check_teacher: let it score the canary first; one that stays in memory need not each time.
+        check_teacher: let it score the canary; one that stays in memory need not each time.
+        worker: whose share of the parts comes first.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        teacher: Teacher,
+        *,
+        accept_numerics: bool = False,
+        check_teacher: bool = True,
+        worker: Worker = ALONE,
+    ) -> None:
+        """Nothing is asked of the storage or the teacher yet."""
+        self.cache = cache
+        self.report = ScoreReport()
+        self.claims = Claims(cache.storage)
+        self._teacher = teacher
+        self._check = CanaryCheck(cache, teacher, accept_numerics) if check_teacher else None
+        self._outlook = Outlook(teacher)
+        self._probed = False
+        self._work = SharedWork(
+            job="score",
+            claims=self.claims,
+            is_left=self._is_left,
+            do=self._score,
+            worker=worker,
+        )
+
+    def prepare(self) -> None:
+        """Check the storage, and the teacher where that is due.
+
+        Raises:
+            MismatchError: the teacher does not compute what the cache holds.
+        """
+        if not self._probed:
+            self.cache.storage.check_conditional_puts()
+            self._probed = True
+        if self._check is not None:
+            self._check.if_due()
+
+    def score(self, parts: Sequence[str]) -> None:
+        """Score parts. Those that others have claimed are left to them until nothing else is left
+        to do; then this one waits, and takes over what they do not finish.
+
+        Raises:
+            MismatchError: the teacher does not compute what the cache holds.
+            NumericsError: it gave NaN or infinite logits; names the part and the row. Nothing of
+                the part is committed.
+        """
+        if parts:
+            self.prepare()
+            self._outlook.expect(parts)
+            self._work.do_all(parts)
+
+    def score_free(self, parts: Sequence[str]) -> list[str]:
+        """Score the parts that nobody else has claimed; returns those that somebody has.
+
+        Raises:
+            StillroomError: as `score`.
+        """
+        if not parts:
+            return []
+        self.prepare()
+        self._outlook.expect(parts)
+        return self._work.do_free(parts)
+
+    def _score(self, part: str, progress: Callable[[], None]) -> None:
+        if self._check is not None:
+            self._check.if_due()
+        start, model_s = time.perf_counter(), self._model_s()
+        _score_part(self.cache, self._teacher, part, self.report, progress, self._outlook)
+        self.report.work_s += time.perf_counter() - start
+        self.report.model_s += self._model_s() - model_s
+        self._outlook.drop(part)
+
+    def _is_left(self, part: str) -> bool:
+        is_left = self.cache.is_unscored(part)
+        if not is_left:
+            self._outlook.drop(part)
+        return is_left
+
+    def _model_s(self) -> float:
+        return stats_of(self._teacher).get("model_s", 0.0)
+
+
+def score(
+    cache: Cache,
+    teacher: Teacher,
+    *,
+    accept_numerics: bool = False,
+    check_teacher: bool = True,
+    worker: Worker = ALONE,
+) -> ScoreReport:
+    """Score every part that has no shard: in the end every part is scored, by this scorer or
+    another. See `Scorer` for the arguments.
 
     Raises:
-        MismatchError: the teacher does not compute what the cache holds.
-        NumericsError: it gave NaN or infinite logits; names the part and the row. Nothing of the
-            part is committed.
+        StillroomError: as `Scorer.score`.
     """
-    report = ScoreReport()
-    parts = cache.unscored()
-    if not parts:
-        return report
-    cache.storage.check_conditional_puts()
-    if check_teacher:
-        check_canary(cache, teacher, accept_numerics=accept_numerics)
-    claims = Claims(cache.storage)
-    parts = _score_free(cache, teacher, claims, parts, report)
-    if parts:
-        _say_waiting(parts)
-    waits, looks = _waits(), 0
-    while parts:
-        time.sleep(next(waits))
-        looks += 1
-        if looks % FULL_LOOK_EVERY == 0:
-            parts = [part for part in parts if cache.is_unscored(part)]
-        held = {part for part in parts if claims.is_held(part)}
-        free = [part for part in parts if part not in held]
-        if free:
-            left = _score_free(cache, teacher, claims, free, report)
-            waits = _waits() if len(left) < len(free) else waits
-            held.update(left)
-        parts = sorted(held)
-    return report
-
-
-def _waits() -> Iterator[float]:
-    """Seconds before each look: up to twice those before the last; drawn, so that scorers that
-    began to wait together do not all look at once."""
-    wait, longest = LOOK_AFTER_S
-    while True:
-        yield wait * random.uniform(0.75, 1.0)
-        wait = min(2 * wait, longest)
-
-
-def _score_free(
-    cache: Cache, teacher: Teacher, claims: Claims, parts: list[str], report: ScoreReport
-) -> list[str]:
-    """Score the parts that nobody else has claimed; returns those that somebody has."""
-    held = []
-    for part in claims.in_own_order(parts):
-        if not cache.is_unscored(part):
-            continue
-        if not claims.take(part):
-            held.append(part)
-            continue
-        with claims.renewed(part) as progress:
-            if cache.is_unscored(part):  # its last owner may have committed it and let go since
-                _score_part(cache, teacher, part, report, progress)
-    return held
-
-
-def _say_waiting(parts: list[str]) -> None:
-    what = f"parts that other scorers have claimed: {len(parts)}, such as {parts[0]}"
-    print(f"  score: waiting for {what}", file=sys.stderr, flush=True)
+    scorer = Scorer(
+        cache,
+        teacher,
+        accept_numerics=accept_numerics,
+        check_teacher=check_teacher,
+        worker=worker,
+    )
+    scorer.score(cache.unscored())
+    return scorer.report
 
 
 def _score_part(
-    cache: Cache, teacher: Teacher, part: str, report: ScoreReport, progress: Callable[[], None]
+    cache: Cache,
+    teacher: Teacher,
+    part: str,
+    report: ScoreReport,
+    progress: Callable[[], None],
+    outlook: Outlook,
 ) -> None:
     table, meta, rollouts_hash = cache.read_part(part)
     identity = cache.identity
     check_rows(table, meta.vocab_size, part, identity.max_length, identity.student_extra)
     arrays = part_arrays(table, identity.student_extra)
     start = time.perf_counter()
-    scores = _run_teacher(cache, teacher, part, score_rows(arrays), progress)
+    scores = _run_teacher(cache, teacher, part, score_rows(arrays), progress, outlook)
     teacher_s = time.perf_counter() - start
     arrays |= score_columns(scores)
     check_agreement(arrays, part)
@@ -153,11 +200,13 @@ def _run_teacher(
     part: str,
     rows: list[ScoreRow],
     progress: Callable[[], None],
+    outlook: Outlook,
 ) -> list[RowScores]:
     found: dict[int, RowScores] = {}
     positions = sum(len(row.targets) for row in rows)
+    outlook.begin(positions)
     try:
-        with Progress(f"score {part}", positions, "positions") as shown:
+        with Progress(f"score {part}", positions, "positions", outlook.text) as shown:
             for index, scores in teacher.score(rows, ScoreSpec.of(cache.identity)):
                 found[index] = scores
                 progress()

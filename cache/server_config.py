@@ -1,6 +1,7 @@
 """Settings of a teacher behind HTTP servers. Needs no HTTP library."""
 
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from stillroom.cache.errors import ConfigError
 
@@ -39,6 +40,21 @@ class ServerConfig:
             names = "server.max_tokens_in_flight, timeout_s, patience_s"
             raise ConfigError(names, "at least 1, above 0, and 0 or more", got, "Change them.")
         for url in self.urls:
-            if not url.startswith(("http://", "https://")):
-                do = "Give the whole base address."
-                raise ConfigError("server.urls", "http://... or https://...", repr(url), do)
+            _check_url(url)
+        if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
+            got, do = ", ".join(self.urls), "Name each server once."
+            raise ConfigError("server.urls", "different addresses", got, do)
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        do = "Give the whole base address."
+        raise ConfigError("server.urls", "http://... or https://...", repr(url), do)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        got, do = "one with more", "Put a key into the environment variable of server.api_key_env."
+        raise ConfigError("server.urls", "an address of scheme, host, port and path", got, do)

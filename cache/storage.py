@@ -218,14 +218,17 @@ class Storage:
         with self._writing("probe"):
             return self._backend.now()
 
-    def probe(self) -> None:
+    def probe(self, key: str | None = None) -> None:
         """Check that put-if-absent works here: the second put of a key must be refused and change
         nothing.
+
+        Args:
+            key: the object to try, which stays; by default a new one below `probe/`, for `gc`.
 
         Raises:
             StorageError: it does not, or the root cannot be written.
         """
-        key = f"probe/{uuid.uuid4().hex}"
+        key = key or f"probe/{uuid.uuid4().hex}"
         first, second = self.put_new(key, b"first"), self.put_new(key, b"second")
         try:
             kept = self.get(key)

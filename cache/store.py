@@ -17,6 +17,7 @@ from stillroom.cache.commits import (
     read_commit,
 )
 from stillroom.cache.errors import MismatchError, MissingError
+from stillroom.cache.id_map import IdMap, put_id_map, read_id_map
 from stillroom.cache.identity import Identity
 from stillroom.cache.part import (
     NAME,
@@ -50,8 +51,15 @@ class Cache:
         self.identity = identity
 
     @classmethod
-    def create(cls, root: str | os.PathLike[str], identity: Identity) -> "Cache":
+    def create(
+        cls, root: str | os.PathLike[str], identity: Identity, id_map: IdMap | None = None
+    ) -> "Cache":
         """Make a cache, or open the one that is there if its identity is the same.
+
+        Args:
+            root: a folder, or an address such as s3://bucket/prefix.
+            identity: what all jobs on it must agree on.
+            id_map: the map whose digest the identity has, if it has one; stored beside it.
 
         Raises:
             StorageError: the root cannot be written, or ignores put-if-absent.
@@ -60,6 +68,8 @@ class Cache:
         storage = Storage(root)
         if not storage.exists(IDENTITY_PATH):
             storage.probe()
+            if id_map is not None:
+                put_id_map(storage, id_map)
             storage.put_new(IDENTITY_PATH, identity.to_json())
         cache = cls.open(root)
         cache.identity.check_same(identity, storage.describe(IDENTITY_PATH))
@@ -81,6 +91,16 @@ class Cache:
             do = "Check the root, or make a cache with 'stillroom init'."
             raise MissingError(where, "a cache", "no cache.json", do) from error
         return cls(storage, Identity.from_json(data, where))
+
+    def id_map(self) -> IdMap | None:
+        """The map from this cache's ids to the teacher's; None where they are the same.
+
+        Raises:
+            MissingError: it is gone.
+            CorruptError: it is damaged.
+        """
+        digest = self.identity.id_map
+        return read_id_map(self.storage, digest) if digest else None
 
     def parts(self) -> list[str]:
         """Names of all parts, scored or not, oldest policy first."""

@@ -10,7 +10,7 @@ import torch
 from stillroom.cache.errors import NumericsError
 from stillroom.cache.schema import UNUSED_ID
 from stillroom.cache.tail_draws import draw_from
-from stillroom.cache.teacher import RowScores, ScoreSpec
+from stillroom.cache.teacher import ScoreSpec
 
 
 def summarise(
@@ -21,6 +21,7 @@ def summarise(
     *,
     extra_id_PM: torch.Tensor | None = None,
     uniform_PM: torch.Tensor | None = None,
+    rest_P1: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Scores of full rows of logits.
 
@@ -38,6 +39,8 @@ def summarise(
         row_P: (P,) which row each position is of, for messages.
         extra_id_PM: (P, M) int64, UNUSED_ID where there is none; for extra ids of the student.
         uniform_PM: (P, M) float64 in [0, 1), what draws from the tail are made from.
+        rest_P1: (P, 1) float32, logsumexp of the logits of tokens that have no column: they count
+            in every sum and in the tail, and are neither entries nor drawn.
 
     Returns:
         The columns of `teacher.RowScores` by name: ids int64 and logprobs float32 (nats), neither
@@ -47,9 +50,12 @@ def summarise(
         NumericsError: a position holds NaN or +inf, or nothing finite; names its row.
     """
     top_PK, id_PK = _by_id_where_equal(*logit_PV.topk(spec.topk, dim=-1))
-    largest_P1 = top_PK[:, :1]
+    if rest_P1 is None:
+        rest_P1 = torch.full_like(top_PK[:, :1], -torch.inf)
+    largest_P1 = torch.maximum(top_PK[:, :1], rest_P1)
     shifted_PV, top_PK = logit_PV.sub_(largest_P1), top_PK - largest_P1
-    sum_P1 = shifted_PV.exp().sum(-1, keepdim=True)
+    rest_P1 = rest_P1 - largest_P1
+    sum_P1 = shifted_PV.exp().sum(-1, keepdim=True) + rest_P1.exp()
     log_sum_P1 = sum_P1.log()
     _refuse_bad(log_sum_P1, row_P)
     kept_PK = _kept(top_PK.double().exp() / sum_P1.double(), spec.mass)
@@ -62,44 +68,24 @@ def summarise(
     if extra_id_PM is not None:
         found["extra_logprob"] = _at(shifted_PV, extra_id_PM) - log_sum_P1
     rest_PV = shifted_PV.scatter_(1, id_PK, top_PK.masked_fill(kept_PK, -torch.inf))
-    tail_P1 = rest_PV.logsumexp(-1, keepdim=True)
+    tail_P1 = torch.logaddexp(rest_PV.logsumexp(-1, keepdim=True), rest_P1)
     found["tail_logprob"] = (tail_P1 - log_sum_P1).squeeze(1)
     if uniform_PM is not None:
-        drawn_PM = draw_from(rest_PV, uniform_PM)
-        drawn = _at(rest_PV, drawn_PM)
-        found["extra_id"] = drawn_PM
-        found["extra_logprob"] = drawn - log_sum_P1
-        unknown_PM = drawn_PM == UNUSED_ID
-        found["extra_behaviour_logprob"] = (drawn - tail_P1).masked_fill(unknown_PM, torch.nan)
+        found |= _draws(rest_PV, tail_P1, log_sum_P1, uniform_PM)
     return found
 
 
-def rounded(columns: dict[str, np.ndarray]) -> RowScores:
-    """Round to storage precision and put entries into the format's order; what is below float16's
-    range becomes -inf."""
-    half = _float16(columns["topk_logprob"])
-    order = np.lexsort((columns["topk_id"], -half.astype(np.float32)), axis=-1)
-    extra = {}
-    if "extra_logprob" in columns:
-        extra["extra_logprob"] = _float16(columns["extra_logprob"])
-    if "extra_id" in columns:
-        extra["extra_id"] = columns["extra_id"].astype(np.uint32)
-        given = np.minimum(columns["extra_behaviour_logprob"], 0)
-        extra["extra_behaviour_logprob"] = given.astype(np.float32)
-    return RowScores(
-        topk_id=np.take_along_axis(columns["topk_id"], order, -1).astype(np.uint32),
-        topk_logprob=np.take_along_axis(half, order, -1),
-        topk_count=columns["topk_count"].astype(np.uint16),
-        tail_logprob=_float16(columns["tail_logprob"]),
-        sampled_logprob=np.minimum(columns["sampled_logprob"], 0).astype(np.float32),
-        **extra,
-    )
-
-
-def _float16(logprob: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        half: np.ndarray = np.minimum(logprob, 0).astype(np.float16)
-    return half
+def _draws(
+    rest_PV: torch.Tensor, tail_P1: torch.Tensor, log_sum_P1: torch.Tensor, uniform_PM: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Draws from the tail, with their logprobs over everything and over the tail."""
+    drawn_PM = draw_from(rest_PV, uniform_PM)
+    drawn, unknown_PM = _at(rest_PV, drawn_PM), drawn_PM == UNUSED_ID
+    return {
+        "extra_id": drawn_PM,
+        "extra_logprob": drawn - log_sum_P1,
+        "extra_behaviour_logprob": (drawn - tail_P1).masked_fill(unknown_PM, torch.nan),
+    }
 
 
 def _by_id_where_equal(

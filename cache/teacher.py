@@ -5,14 +5,16 @@ t of the answer scores the token at index `targets[t]` given every token before 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Protocol
 
 import numpy as np
 
-from stillroom.cache.errors import ConfigError
+from stillroom.cache.ensemble_config import Member, check_weight, shares
+from stillroom.cache.errors import ConfigError, MismatchError
 from stillroom.cache.fingerprint import ModelFiles
-from stillroom.cache.identity import Identity, TeacherId
+from stillroom.cache.id_map import IdMap
+from stillroom.cache.identity import Identity, MemberId, TeacherId, fingerprint_of
 from stillroom.cache.server_config import ServerConfig
 from stillroom.cache.vllm_config import VllmConfig
 
@@ -46,6 +48,14 @@ class TeacherConfig:
     """Of the backend vllm."""
     server: ServerConfig = field(default_factory=ServerConfig)
     """Of the backend server."""
+    weight: float = 1.0
+    """Share of this model where there is an ensemble; > 0. Only ratios count."""
+    ensemble: tuple[Member, ...] = ()
+    """Further models with the same tokenizer: the teacher is then the mixture of all of their
+    probabilities. Backend, dtype and all other settings are shared."""
+    ensemble_topk: int | None = None
+    """Entries that are asked of each member where the backend gives no full vocabulary; None is
+    twice those that are kept."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -63,11 +73,44 @@ class TeacherConfig:
             raise ConfigError(
                 "teacher.dtype", f"one of {DTYPES}", repr(self.dtype), "Change the setting."
             )
+        self._check_ensemble()
         if min(self.max_batch_tokens, self.head_rows) < 1:
             got = f"{self.max_batch_tokens} and {self.head_rows}"
             raise ConfigError(
                 "teacher.max_batch_tokens, teacher.head_rows", "at least 1", got, "Raise them."
             )
+
+    def _check_ensemble(self) -> None:
+        check_weight("teacher.weight", self.weight)
+        if not self.ensemble and (self.weight != 1 or self.ensemble_topk is not None):
+            got, do = f"{self.weight} and {self.ensemble_topk}", "Leave them out."
+            names = "teacher.weight, teacher.ensemble_topk"
+            raise ConfigError(names, "nothing without teacher.ensemble", got, do)
+        if self.ensemble_topk is not None and self.ensemble_topk < 1:
+            got, do = f"{self.ensemble_topk}", "Raise it."
+            raise ConfigError("teacher.ensemble_topk", "at least 1", got, do)
+        for member in self.ensemble:
+            if bool(member.urls) != (self.backend == "server"):
+                expected = "servers of each member with the backend server, and none otherwise"
+                got, do = f"{len(member.urls)} of {member.model}", "Change the setting."
+                raise ConfigError("teacher.ensemble, urls", expected, got, do)
+
+    def members(self) -> list["TeacherConfig"]:
+        """Settings of each model of an ensemble alone, this one first."""
+        alone = replace(self, ensemble=(), weight=1.0, ensemble_topk=None)
+        return [alone] + [
+            replace(
+                alone,
+                model=member.model,
+                revision=member.revision,
+                server=replace(self.server, urls=member.urls),
+            )
+            for member in self.ensemble
+        ]
+
+    def shares(self) -> tuple[float, ...]:
+        """Share of each model, this one first; their sum is 1."""
+        return shares([self.weight, *(member.weight for member in self.ensemble)])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,26 +187,86 @@ class Teacher(Protocol):
         """
 
 
+def stats_of(teacher: Teacher) -> dict[str, float]:
+    """What a teacher tells of its work since it was loaded, by name; nothing where it does not.
+
+    An engine may have a method `stats() -> Mapping[str, float]`, which is called while rows are
+    scored. Known names are `model_s`, seconds in which its model ran; `tokens_in_flight`, of the
+    requests under way; `servers`, those that answer; and `retries`, requests that were sent again.
+    """
+    tell = getattr(teacher, "stats", None)
+    return {} if tell is None else dict(tell())
+
+
 def identity_of(
-    files: ModelFiles, config: TeacherConfig, spec: ScoreSpec, shard_format: str = "zarr"
+    files: ModelFiles,
+    config: TeacherConfig,
+    spec: ScoreSpec,
+    shard_format: str = "zarr",
+    id_map: IdMap | None = None,
 ) -> Identity:
     """Identity of a cache that this teacher fills.
 
+    Args:
+        files: the teacher's, as `load_teacher.inspect_teacher` gives them.
+        config: how it runs.
+        spec: what is kept of each position.
+        shard_format: how scores are stored.
+        id_map: from the ids that the cache holds to the teacher's; None where they are the same.
+
     Raises:
-        ConfigError: a figure of the specification is out of range for it.
+        ConfigError: a figure of the specification is out of range for it, or cannot be had from
+            this backend.
+        MismatchError: the map is to another teacher's ids.
     """
+    _check_extra(config, spec, id_map)
+    if id_map is not None and id_map.teacher_tokenizer != files.tokenizer_fingerprint:
+        expected = f"the tokenizer that ids are mapped to ({id_map.teacher_tokenizer})"
+        do = "Use the teacher that the cache was made with, with its tokenizer."
+        raise MismatchError(str(files.folder), expected, files.tokenizer_fingerprint, do)
+    every = (files, *files.members)
+    if len(every) != len(config.ensemble) + 1:
+        got, do = f"{len(files.members)}", "Inspect it with inspect_teacher(config)."
+        raise ConfigError("teacher.ensemble", f"files of {len(config.ensemble)} members", got, do)
+    members = _member_ids(every, config) if config.ensemble else ()
     return Identity(
         teacher=TeacherId(
-            name=config.model,
-            revision=config.revision,
-            weight_format=files.weight_format,
+            name=" + ".join(one.model for one in config.members()),
+            revision=None if members else config.revision,
+            weight_format="+".join(dict.fromkeys(one.weight_format for one in every)),
             compute_dtype=config.dtype,
-            fingerprint=files.fingerprint,
+            fingerprint=fingerprint_of(members) if members else files.fingerprint,
         ),
-        tokenizer_fingerprint=files.tokenizer_fingerprint,
-        vocab_size=files.vocab_size,
+        ensemble=members,
+        tokenizer_fingerprint=id_map.tokenizer if id_map else files.tokenizer_fingerprint,
+        vocab_size=id_map.vocab_size if id_map else files.vocab_size,
         logit_width=files.logit_width,
-        max_length=files.max_length,
+        max_length=min(one.max_length for one in every),
         shard_format=shard_format,
+        id_map=id_map.digest() if id_map else "",
         **asdict(spec),
     )
+
+
+def _member_ids(every: Sequence[ModelFiles], config: TeacherConfig) -> tuple[MemberId, ...]:
+    return tuple(
+        MemberId(
+            name=one.model,
+            revision=one.revision,
+            weight_format=files.weight_format,
+            fingerprint=files.fingerprint,
+            weight=share,
+        )
+        for files, one, share in zip(every, config.members(), config.shares(), strict=True)
+    )
+
+
+def _check_extra(config: TeacherConfig, spec: ScoreSpec, id_map: IdMap | None) -> None:
+    """Refuse extra ids that would not have the probabilities that the format promises."""
+    if spec.extra_kind == "tail" and id_map is not None and len(id_map.teacher_only):
+        got = f"a teacher with {len(id_map.teacher_only)} tokens that the student does not have"
+        do = "Take ids of the student, or none: a draw could be a token that it cannot have."
+        raise ConfigError("extra_kind", "none or student", got, do)
+    if spec.extra_kind != "none" and config.ensemble and config.backend != "transformers":
+        got, do = f"the backend {config.backend}", "Leave extra ids out, or run the members here."
+        raise ConfigError("extra_kind", "none, or an ensemble of transformers", got, do)

@@ -6,7 +6,20 @@ from typing import Any
 
 from stillroom.cache.errors import ConfigError
 
-OURS = ("model", "tokenizer", "dtype", "max_logprobs", "logprobs_mode", "enable_prefix_caching")
+OURS = (
+    "model",
+    "tokenizer",
+    "revision",
+    "trust_remote_code",
+    "dtype",
+    "runner",
+    "convert",
+    "pooler_config",
+    "generation_config",
+    "max_logprobs",
+    "logprobs_mode",
+    "enable_prefix_caching",
+)
 """Arguments of the engine that follow from other settings."""
 
 
@@ -16,7 +29,8 @@ class VllmConfig:
 
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of `vllm.LLM` as it takes them, such as tensor_parallel_size, quantization or
-    gpu_memory_utilization; those that other settings decide are refused."""
+    gpu_memory_utilization; those that other settings decide are refused. A mapping in YAML, a JSON
+    object on the command line."""
     max_tokens_in_flight: int = 262_144
     """Tokens of the requests that the engine knows of at once; >= 1. A longer request goes
     alone."""

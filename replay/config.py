@@ -88,9 +88,9 @@ class StreamConfig:
         half = self.lag_half_life
         valid = half is None or 0 < half < math.inf
         _check("lag_half_life", valid, "a finite number above 0", half)
-        name = self.weight_column
-        valid = name is None or USER_NAME.fullmatch(name) is not None
-        _check("weight_column", valid, "the name of a user column, x_...", name)
+        column = self.weight_column
+        valid = column is None or USER_NAME.fullmatch(column) is not None
+        _check("weight_column", valid, "the name of a user column, x_...", column)
 
     def read_threads(self, remote: bool) -> int:
         """Threads that read and decode."""

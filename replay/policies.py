@@ -194,7 +194,7 @@ def check_student(
         MismatchError: other tokenizer, other vocabulary, or a head smaller than the vocabulary.
     """
     where = str(files.folder)
-    do = "Choose a student with the teacher's tokenizer."
+    do = "Choose a student with the cache's tokenizer; 'init --student' can map a teacher's ids."
     if files.vocab_size != vocab_size:
         expected = f"the vocabulary of {teacher}, {vocab_size} tokens"
         raise MismatchError(where, expected, f"{files.vocab_size} tokens", do)

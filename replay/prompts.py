@@ -4,6 +4,7 @@ A row has `messages` (chat), or `prompt` or `text` (plain, taken as one user mes
 tokenizer has a chat template). Prompts that are too long are left out and counted, never cut.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COLUMNS = ("messages", "prompt", "text")
+SHOWN_ROUTES = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +33,10 @@ class PromptsConfig:
     """messages, prompt or text; None takes the first of these that is there."""
     limit: int | None = None
     """Rows to read from the start; None for all."""
+    route_column: str | None = None
+    """Column that says which cache a prompt is for, such as the name of a teacher."""
+    route: str | None = None
+    """Value of that column whose prompts are taken; all others are for other caches."""
     max_tokens: int = 1024
     """Longest prompt, in tokens; longer ones are left out and counted."""
 
@@ -40,6 +46,9 @@ class PromptsConfig:
             raise ConfigError(
                 "prompts.column", f"one of {COLUMNS}", repr(self.column), "Change it."
             )
+        if (self.route_column is None) != (self.route is None):
+            names, got = "prompts.route_column, prompts.route", f"{self.route_column}, {self.route}"
+            raise ConfigError(names, "both or neither", got, "Give both, or leave both out.")
         if self.max_tokens < 1 or (self.limit is not None and self.limit < 1):
             got = f"{self.max_tokens} and {self.limit}"
             raise ConfigError("prompts.max_tokens, prompts.limit", "at least 1", got, "Raise them.")
@@ -77,20 +86,21 @@ def load_prompts(config: PromptsConfig, tokenizer: "PreTrainedTokenizerBase", ro
 
     Raises:
         MissingError: the file is not there.
-        InputError: no row, no usable column, an empty prompt, or none that fits.
+        InputError: no row, no usable column, no row of the route, an empty prompt, or none that
+            fits.
         ConfigError: no room at all.
     """
     if room < 1:
         do = "Ask for shorter completions (sampler.max_new_tokens)."
         got = f"{room} tokens left for a prompt"
         raise ConfigError("sampler.max_new_tokens", "room for a prompt and its completion", got, do)
-    rows = read_rows(config.source, config.split, config.limit)
+    rows, numbers = _routed(read_rows(config.source, config.split, config.limit), config)
     wanted = [config.column] if config.column else COLUMNS
     column = first_column(rows.column_names, wanted, config.source, "prompts.column")
     chats = column == "messages"
     rendered = [
         _render(parse_messages(value) if chats else value, tokenizer, f"{config.source}, row {i}")
-        for i, value in enumerate(rows[column])
+        for i, value in zip(numbers, rows[column], strict=True)
     ]
     names = rows["prompt_name"] if "prompt_name" in rows.column_names else [None] * len(rendered)
     longest = min(config.max_tokens, room)
@@ -107,6 +117,21 @@ def load_prompts(config: PromptsConfig, tokenizer: "PreTrainedTokenizerBase", ro
     unique = _unique(prompts)
     too_long, duplicates = len(rendered) - len(prompts), len(prompts) - len(unique)
     return Prompts(tuple(unique), too_long, duplicates)
+
+
+def _routed(rows: Any, config: PromptsConfig) -> tuple[Any, Sequence[int]]:
+    """The rows whose route is the settings', and their numbers in the source."""
+    if config.route_column is None:
+        return rows, range(len(rows))
+    first_column(rows.column_names, [config.route_column], config.source, "prompts.route_column")
+    routes = [str(value) for value in rows[config.route_column]]
+    chosen = [i for i, route in enumerate(routes) if route == config.route]
+    if not chosen:
+        got = f"rows of {sorted(set(routes))[:SHOWN_ROUTES]}"
+        where = f"{config.source}, column {config.route_column!r}"
+        do = "Set prompts.route to one of them."
+        raise InputError(where, f"a row of {config.route!r}", got, do)
+    return rows.select(chosen), chosen
 
 
 def _render(value: Any, tokenizer: "PreTrainedTokenizerBase", where: str) -> np.ndarray:

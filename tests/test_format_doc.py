@@ -20,7 +20,8 @@ from stillroom.cache import canary, jsonfile, parquet_layout, snapshot_file
 from stillroom.cache.claims import Claim
 from stillroom.cache.commits import Commit
 from stillroom.cache.errors import CorruptError
-from stillroom.cache.identity import Identity, TeacherId
+from stillroom.cache.id_map import MAX_IDS, IdMap
+from stillroom.cache.identity import LEFT_OUT, Identity, MemberId, TeacherId
 from stillroom.cache.manifest import ArrayEntry, Chunk, Manifest
 from stillroom.cache.parquet_seal import NO_HASH, check_seal
 from stillroom.cache.parquet_shard import ParquetFormat
@@ -207,6 +208,23 @@ def test_identity() -> None:
     listed = table(IDENTITY, "field")
     assert not types_differ({name: kind for name, (kind, _) in listed.items()}, Identity)
     assert not names_differ(words(listed["teacher"][1]), TeacherId)
+    assert not names_differ(words(listed["ensemble"][1]), MemberId)
+    left_out = {name for name, (_, what) in listed.items() if "; left out where " in what}
+    assert left_out == {*LEFT_OUT}
+
+
+def test_id_map() -> None:
+    id_map = IdMap(
+        teacher_id=np.array([1, 0], np.uint32),
+        teacher_vocab_size=3,
+        tokenizer="0" * 32,
+        teacher_tokenizer="1" * 32,
+    )
+    value = jsonfile.load_sealed(id_map.to_json(), "")
+    code = {name: json_type(type(entry)) for name, entry in value.items()}
+    listed = table("A map of ids", "field")
+    assert {name: kind for name, (kind, _) in listed.items()} == code
+    assert f"at most 2^{MAX_IDS.bit_length() - 1} " in prose("A map of ids")
 
 
 def test_part() -> None:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from stillroom.tools.bench_open import Opening
     from stillroom.tools.bench_store import Figures
 
-STORE_POSITIONS, REPLAY_POSITIONS = 65_536, 262_144
+STORE_POSITIONS, REPLAY_POSITIONS, SCORE_POSITIONS = 65_536, 262_144, 1_000_000
+TRAIN_PARTS, SCORE_PARTS = ("loss", "step", "ranks"), ("engines", "front", "memory")
 STORE_COLUMNS = ("store", "B/position", "write M/s", "read M/s", "of the limit", "random ms")
 NOTE = (
     "Stillroom's stores hold every column and check every byte; the others hold six columns and"
@@ -30,31 +31,34 @@ OPEN_COLUMNS = ("shards", "first snapshot s", "next s", "open s", "memory MiB", 
 class Bench:
     """Measure stores on the same scores in one run: bytes, writing, reading, and opening against
     the number of shards. Or replay: what a stream delivers, beside other loaders. Or train: what a
-    loss and a whole step cost, beside other trainers. Or quality: how near students come to their
-    teacher by replay, and by TRL on-policy."""
+    loss and a whole step cost, beside other trainers. Or score: what scoring costs beside the
+    teacher's model alone. Or quality: how near students come to their teacher by replay, and by TRL
+    on-policy."""
 
-    what: Positional[Literal["store", "replay", "train", "quality"]]
+    what: Positional[Literal["store", "replay", "train", "score", "quality"]]
     """What to measure."""
     root: Positional[str | None] = None
     """A cache whose scores are used; None makes some up, which is good for speeds only."""
     positions: int | None = None
     """Scored tokens to measure on, at least; a cache's parts are taken whole. None: 65,536 for the
-    store, 262,144 for replay."""
+    store, 262,144 for replay, 1,000,000 for the memory of scoring."""
     topk: int = 64
-    """K of made-up scores."""
+    """K of made-up scores, and of scoring."""
     commits: tuple[int, ...] = (10, 100, 1_000, 10_000)
     """Numbers of shards to measure opening at; none leaves that out."""
     peers: bool = True
     """Measure other stores too: plain Zarr and Parquet, Hugging Face datasets, and litdata and
-    webdataset where they are installed; of training and of quality TRL, of training Liger too."""
+    webdataset where they are installed; of training and of quality TRL, of training Liger too; of
+    scoring vLLM."""
     s3: bool = False
     """Replay: measure from an object store too, moto's server on the loopback."""
     tokens_per_s: float = 260_000.0
     """Replay: what the simulated trainer takes, tokens a second."""
     rows: int = 12_288
     """Replay: rows of the snapshot at least; a small cache's parts are listed more than once."""
-    part: Literal["all", "loss", "step", "ranks"] = "all"
-    """Train: a loss alone, a whole step, or a step in two processes and in bfloat16."""
+    part: Literal["all", "loss", "step", "ranks", "engines", "front", "memory"] = "all"
+    """Train: a loss alone, a whole step, or a step in two processes and in bfloat16. Score: the
+    engines, scores made of an engine's arrays, or memory."""
     tokens: tuple[int, ...] = (4_096, 16_384)
     """Train: scored positions that a loss is measured at."""
     vocab_sizes: tuple[int, ...] = (49_152, 151_936)
@@ -66,13 +70,13 @@ class Bench:
     seconds: float = 60.0
     """Train: after so long no further round of a loss begins."""
     models: str = "~/.cache/stillroom/quickstart"
-    """Train: folder of the quickstart's models and prompts, for whole steps."""
+    """Train and score: folder of the quickstart's models and prompts."""
     step_tokens: tuple[int, int] = (136, 64)
-    """Train: tokens of the prompt and of the completion of each of a step's 8 rows."""
+    """Train and score: tokens of the prompt and of the completion of each of a step's 8 rows."""
     steps: int = 10
-    """Train: steps that are measured."""
+    """Train and score: steps that are measured; of scoring, rounds over all rows."""
     threads: int = 2
-    """Train: threads of everything that is measured."""
+    """Train and score: threads of everything that is measured."""
     output: str = "runs/quality"
     """Quality: folder of the results; cells whose results are there are not run again."""
     only: tuple[str, ...] = ()
@@ -97,11 +101,20 @@ class Bench:
             names = "tokens, vocab_sizes (topk too), width, step_tokens, steps, threads"
             got = f"{got}, {self.steps}, {self.threads}"
             raise ConfigError(names, "at least 1 (at least topk)", got, "Raise them.")
+        parts = {"train": TRAIN_PARTS, "score": SCORE_PARTS}.get(self.what, ())
+        if self.part not in ("all", *parts):
+            raise ConfigError("part", f"all, {', '.join(parts)}", self.part, "Change it.")
 
 
 def run_bench(job: Bench) -> int:
     """`stillroom bench`."""
-    measure = {"store": _store, "replay": _replay, "train": _train, "quality": _quality}
+    measure = {
+        "store": _store,
+        "replay": _replay,
+        "train": _train,
+        "score": _score,
+        "quality": _quality,
+    }
     return measure[job.what](job)
 
 
@@ -131,7 +144,7 @@ def _train(job: Bench) -> int:
         raise ConfigError("root", "nothing", job.root, do)
     prompt, completion = job.step_tokens
     figures = bench_train.bench_train(
-        ("loss", "step", "ranks") if job.part == "all" else (job.part,),
+        TRAIN_PARTS if job.part == "all" else (job.part,),
         shapes=[
             bench_train_loss.Shape(tokens, vocab, job.width, job.topk)
             for vocab in job.vocab_sizes
@@ -150,6 +163,29 @@ def _train(job: Bench) -> int:
         print_json(bench_train.as_json(figures))
     else:
         bench_train.print_figures(figures)
+    return 0
+
+
+def _score(job: Bench) -> int:
+    from stillroom.tools import bench_score, bench_train_rows
+
+    if job.root is not None:
+        do = "Leave it out: scoring is measured on the quickstart's prompts and made-up scores."
+        raise ConfigError("root", "nothing", job.root, do)
+    prompt, completion = job.step_tokens
+    figures = bench_score.bench_score(
+        SCORE_PARTS if job.part == "all" else (job.part,),
+        models=local_path(job.models),
+        sizes=bench_train_rows.Sizes(prompt=prompt, completion=completion, topk=job.topk),
+        rounds=job.steps,
+        threads=job.threads,
+        positions=job.positions or SCORE_POSITIONS,
+        with_vllm=job.peers,
+    )
+    if job.json:
+        print_json(bench_score.as_json(figures))
+    else:
+        bench_score.print_figures(figures)
     return 0
 
 

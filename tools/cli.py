@@ -1,8 +1,8 @@
 """The command line: which command runs what, and what the exit status says.
 
-0 is clean, 1 is damage that `verify` found, 2 is an error or wrong usage, 130 an interrupt, 141 a
-reader that went away. Nothing here or in a looking command imports torch, and `--help` imports none
-of the model libraries.
+0 is clean, 1 is what `verify` or `doctor` found, 2 is an error or wrong usage, 130 an interrupt,
+141 a reader that went away. Nothing here or in a looking command imports torch, and `--help`
+imports none of the model libraries.
 """
 
 import difflib
@@ -14,7 +14,17 @@ from importlib.metadata import version
 from typing import Any
 
 from stillroom.cache.errors import ConfigError, StillroomError
-from stillroom.tools import bench, collect, import_rollouts, jobs, looks, work
+from stillroom.tools import (
+    bench,
+    collect,
+    doctor,
+    estimate,
+    import_rollouts,
+    jobs,
+    looks,
+    scoring,
+    work,
+)
 from stillroom.tools.flags import parse_flags, parse_with_file
 from stillroom.tools.render import plain
 from stillroom.train.run_config import RunConfig
@@ -43,7 +53,11 @@ COMMANDS = {
         import_rollouts.run_import,
         False,
     ),
-    "score": Command("let the teacher score them", jobs.ScoreJob, work.score_all, True),
+    "doctor": Command("try a root before a job", doctor.Doctor, doctor.run_doctor, False),
+    "estimate": Command(
+        "what scoring will take, before it runs", estimate.EstimateJob, estimate.run_estimate, True
+    ),
+    "score": Command("let the teacher score them", jobs.ScoreJob, scoring.score_all, True),
     "train": Command(
         "train on the scores, publish a policy", jobs.TrainJob, work.train_newest, True
     ),
@@ -55,7 +69,7 @@ COMMANDS = {
         "the same cache in the other shard format", jobs.ConvertJob, work.convert_cache, False
     ),
     "bench": Command(
-        "measure store, replay, training or quality on this machine",
+        "measure store, replay, scoring, training or quality here",
         bench.Bench,
         bench.run_bench,
         False,
@@ -128,6 +142,6 @@ def _overview() -> str:
             *lines,
             "",
             f"'{PROG} COMMAND --help' lists its flags; '{PROG} --version' says the version.",
-            "Exit status: 0 clean, 1 damage found by verify, 2 error.",
+            "Exit status: 0 clean, 1 found by verify or doctor, 2 error.",
         ]
     )

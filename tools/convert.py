@@ -15,7 +15,7 @@ from stillroom.cache.shard_writer import ScoredBy
 from stillroom.cache.store import Cache
 from stillroom.cache.tombstones import removed_commits
 
-COPIED = ("canary", "units", "rollouts", "retired", "policies", "drift")
+COPIED = ("canary", "id_maps", "units", "rollouts", "retired", "policies", "drift")
 
 
 @dataclass(slots=True)

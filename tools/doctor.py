@@ -1,5 +1,5 @@
-"""`stillroom doctor`: tries a root before a job, and says in one line each what works, what does not,
-and what to do about it."""
+"""`stillroom doctor`: tries a root before a job, and says in one line each what works, what does
+not, and what to do about it."""
 
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass

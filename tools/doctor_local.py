@@ -1,5 +1,5 @@
-"""What `doctor` looks at where the root is a folder: its file system, free space, and symbolic links
-below it."""
+"""What `doctor` looks at where the root is a folder: its file system, free space, and symbolic
+links below it."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stillroom.cache.storage_entry import is_ours
-from stillroom.tools.doctor_finding import Finding
+from stillroom.tools.doctor_finding import Finding, Level
 
 MOUNTS = Path("/proc/self/mountinfo")
 IN_MEMORY = ("tmpfs", "ramfs")
@@ -73,7 +73,7 @@ def _free_space(folder: Path) -> Finding:
     scarce_files = status.f_files > 0 and status.f_favail < SCARCE_FILES
     if scarce_files:
         got += f", and {status.f_favail:,} more files"
-    level = "bad" if usage.free < NO_BYTES else "warning"
+    level: Level = "bad" if usage.free < NO_BYTES else "warning"
     if usage.free >= SCARCE_BYTES and not scarce_files:
         return Finding(level="ok", what="free space", got=got, figures=figures)
     do = "Make room; 'stillroom estimate' says how much a job takes."

@@ -1,15 +1,16 @@
-"""What `doctor` does to a storage: puts that must be refused, overwriting, deleting, the clocks, and
-how long it all takes. What it puts it deletes again."""
+"""What `doctor` does to a storage: puts that must be refused, overwriting, deleting, the clocks,
+and how long it all takes. What it puts it deletes again."""
 
 import os
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from stillroom.cache.errors import StillroomError
 from stillroom.cache.storage import Storage
-from stillroom.tools.doctor_finding import Finding, failed
+from stillroom.tools.doctor_finding import Finding, Level, failed
 
 RACERS = 4
 SMALL_BYTES = 1024
@@ -97,7 +98,7 @@ class Trial:
         got = f"the store's is {self.clock_offset_s:+.0f} s from this machine's"
         apart = abs(self.clock_offset_s)
         figures = {"clock_offset_s": self.clock_offset_s}
-        level = "ok"
+        level: Level = "ok"
         if apart > SKEW_S:
             level = "bad" if apart > REFUSED_SKEW_S and not self.storage.is_local else "warning"
         do = "" if level == "ok" else "Set this machine's clock by a time server."
@@ -106,9 +107,9 @@ class Trial:
     def _small(self) -> list[Finding]:
         keys, data = [self._key() for _ in range(SMALL_OBJECTS)], os.urandom(SMALL_BYTES)
         timed = {
-            "put": _timed([lambda key=key: self.storage.put_new(key, data) for key in keys]),
-            "get": _timed([lambda key=key: self.storage.get(key) for key in keys]),
-            "list": _timed([lambda: self.storage.list("probe")] * 3),
+            "put": _timed([partial(self.storage.put_new, key, data) for key in keys]),
+            "get": _timed([partial(self.storage.get, key) for key in keys]),
+            "list": _timed([partial(self.storage.list, "probe")] * 3),
         }
         found = []
         for name, milliseconds in timed.items():

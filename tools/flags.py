@@ -2,16 +2,19 @@
 
 import contextlib
 import io
+import json
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_origin
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from stillroom.cache.errors import StillroomError
 from stillroom.train.settings import load_yaml
 
 STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName)
+REGISTRY = ConstructorRegistry()
 FILE_HELP = "FILE.yaml, if given, holds the same settings as key: value. Flags win over it."
 
 
@@ -46,7 +49,7 @@ def _parse(cls: type[Any], args: Sequence[str], **options: Any) -> Any:
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            settings = tyro.cli(cls, args=args, config=STYLE, **options)
+            settings = tyro.cli(cls, args=args, config=STYLE, registry=REGISTRY, **options)
     except SystemExit as stop:
         refused = _cause(stop)
         if refused is not None:
@@ -61,3 +64,24 @@ def _cause(error: BaseException | None) -> StillroomError | None:
     while error is not None and not isinstance(error, StillroomError):
         error = error.__context__
     return error
+
+
+@REGISTRY.primitive_rule
+def _json_object(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Mapping[str, Any]] | None:
+    """A mapping whose values are not ours to know is one JSON object."""
+    if get_origin(info.type) is not Mapping:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda args: _parse_object(args[0]),
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda value: [json.dumps(dict(value))],
+    )
+
+
+def _parse_object(text: str) -> Mapping[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f'a JSON object such as {{"name": 1}}, not {text!r}')
+    return value

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from tyro.conf import Positional
 
 from stillroom.cache.errors import ConfigError
+from stillroom.cache.ray_config import ENGINES, RayConfig
 from stillroom.cache.teacher import TeacherConfig
 from stillroom.replay.prompts import PromptsConfig
 from stillroom.replay.refresh import RefreshConfig
@@ -14,7 +15,8 @@ from stillroom.train.config import RUN_NAME, ReplayConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitJob:
-    """Make a cache for one teacher; with a student, check that it fits and make it policy 0."""
+    """Make a cache for one teacher; with a student, check that it fits, map its ids to the
+    teacher's where they differ, and make it policy 0."""
 
     root: str
     """The cache to make: a folder, or an address such as s3://bucket/prefix."""
@@ -56,6 +58,19 @@ class RolloutJob:
     """How rollouts are sampled."""
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
     """How much is sampled. Nothing is retired here."""
+    rank: int | None = None
+    """Which worker this one is, of several that roll out at once: 0 to world_size - 1. None is what
+    torchrun, Slurm or Kubernetes says, or the only one."""
+    world_size: int | None = None
+    """How many workers there are; None is STILLROOM_WORLD_SIZE, or what torchrun or Slurm says."""
+    engine: str = "local"
+    """local (in this process) or ray (in processes that Ray starts)."""
+    ray: RayConfig = field(default_factory=RayConfig)
+    """Of the engine ray."""
+
+    def __post_init__(self) -> None:
+        """Check what does not go together."""
+        _check_engine(self.engine, self.rank, self.world_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +97,37 @@ class ScoreJob:
     accept_numerics: bool = False
     """A person has confirmed that an engine, version, dtype or device that is new to the cache may
     fill it too."""
+    rank: int | None = None
+    """Which worker this one is, of several that score at once: 0 to world_size - 1. None is what
+    torchrun, Slurm or Kubernetes says, or the only one."""
+    world_size: int | None = None
+    """How many workers there are; None is STILLROOM_WORLD_SIZE, or what torchrun or Slurm says."""
+    watch: bool = False
+    """Go on with what arrives, with the teacher loaded, until SIGTERM or Ctrl-C."""
+    watch_s: float = 30.0
+    """Longest pause between two looks for new parts, seconds; > 0. The first ones are shorter."""
+    engine: str = "local"
+    """local (in this process) or ray (in processes that Ray starts)."""
+    ray: RayConfig = field(default_factory=RayConfig)
+    """Of the engine ray."""
+
+    def __post_init__(self) -> None:
+        """Check ranges, and what does not go together."""
+        _check_engine(self.engine, self.rank, self.world_size)
+        if not 0 < self.watch_s < float("inf"):
+            do = "Change the setting."
+            raise ConfigError("watch_s", "a finite number above 0", f"{self.watch_s}", do)
+        if self.watch and self.engine == "ray":
+            do = "Start scorers with --watch on the nodes, or score in turns with --engine ray."
+            raise ConfigError("watch", "the engine local", "ray", do)
+
+
+def _check_engine(engine: str, rank: int | None, world_size: int | None) -> None:
+    if engine not in ENGINES:
+        raise ConfigError("engine", f"one of {ENGINES}", repr(engine), "Change the setting.")
+    if engine == "ray" and (rank is not None or world_size is not None):
+        do = "Leave them out: Ray shares out the work, over ray.workers processes."
+        raise ConfigError("rank, world_size", "none with the engine ray", "one", do)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

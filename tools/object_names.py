@@ -11,6 +11,7 @@ from stillroom.cache.tombstones import FILE as TOMBSTONE
 HASH = "[0-9a-f]{32}"
 KINDS = {
     "identity": r"cache\.json",
+    "id_maps": rf"id_maps/{HASH}\.json",
     "canary": rf"canary/{SAFE}\.json",
     "units": rf"units/{SAFE}\.json",
     "rollouts": rf"rollouts/{PART.pattern}\.parquet",

@@ -46,6 +46,9 @@ def _print_teacher(value: dict[str, Any]) -> None:
     )
     say(f"sampled tokens outside the kept entries: {value['sampled_outside_topk']:.2%}")
     say(f"mean teacher logprob of the sampled token: {value['mean_sampled_logprob']:.4f} nats")
+    seconds = value["teacher_s"]
+    rate = f", {value['positions'] / seconds:,.0f} positions/s" if seconds else ""
+    say(f"the teacher took {seconds:,.1f} s for these positions{rate}")
 
 
 def _print_cut(value: dict[str, Any]) -> None:

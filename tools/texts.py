@@ -87,7 +87,9 @@ def _load(cache: Cache, folder: Path) -> "Tokenizer":
 def _places(cache: Cache) -> Iterator[Path]:
     if 0 in policy_versions(cache.storage):
         yield policy_folder(cache.storage, read_policy(cache.storage, 0))
-    yield local_path(cache.identity.teacher.name)
+    identity = cache.identity
+    first = identity.ensemble[0] if identity.ensemble else identity.teacher
+    yield local_path(first.name)
 
 
 def _lost_space(text: str, piece: str) -> bool:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from stillroom.cache.commits import Commit
 from stillroom.cache.errors import MissingError
+from stillroom.cache.id_map import id_map_path
 from stillroom.cache.progress import Progress
 from stillroom.cache.store import Cache
 from stillroom.tools.contents import Contents, find_strangers, list_contents, note_attempts
@@ -119,6 +120,10 @@ def _snapshots(run: _Run, commits: dict[ShardName, Commit]) -> None:
 
 def _files(run: _Run) -> None:
     find_strangers(run.cache, run.contents, run.report)
+    wanted, there = run.cache.identity.id_map, run.contents.of("id_maps")
+    if wanted and id_map_path(wanted) not in [entry.path for entry in there]:
+        do = "Restore it, or name the same teacher and student to 'stillroom init' again."
+        run.report.find(id_map_path(wanted), "the map of the cache's ids is not there", do)
 
     def one(file: tuple[str, str]) -> Report:
         own = Report()

@@ -9,6 +9,7 @@ from stillroom.cache import jsonfile
 from stillroom.cache.canary import read_canary
 from stillroom.cache.claims import Claim, claim_path
 from stillroom.cache.errors import CorruptError, MissingError
+from stillroom.cache.id_map import read_id_map
 from stillroom.cache.pins import read_pin
 from stillroom.cache.store import Cache
 from stillroom.cache.tombstones import FILE as TOMBSTONE
@@ -37,6 +38,10 @@ def verify_file(cache: Cache, kind: str, path: str, report: Report) -> None:
         CHECKS[kind](cache, path)
         if kind == "policies":
             _check_weights(cache, path, report)
+
+
+def _check_id_map(cache: Cache, path: str) -> None:
+    read_id_map(cache.storage, path.removeprefix("id_maps/").removesuffix(".json"))
 
 
 def _check_canary(cache: Cache, path: str) -> None:
@@ -95,6 +100,7 @@ def _check_weights(cache: Cache, path: str, report: Report) -> None:
 
 
 CHECKS: dict[str, Callable[[Cache, str], None]] = {
+    "id_maps": _check_id_map,
     "canary": _check_canary,
     "units": _check_plan,
     "claims": _check_claim,

@@ -4,18 +4,21 @@ Each can be run again: what is done is left as it is. An input that cannot be us
 before anything is written. torch is imported only where a model runs.
 """
 
+import os
 from dataclasses import asdict, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from stillroom.cache import jsonfile
 from stillroom.cache.errors import InputError, MissingError
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.identity import Identity
-from stillroom.cache.load_teacher import load_teacher
-from stillroom.cache.score import score
+from stillroom.cache.load_teacher import inspect_teacher
+from stillroom.cache.match_ids import match_ids
 from stillroom.cache.storage import Storage, local_path
 from stillroom.cache.store import IDENTITY_PATH, Cache
 from stillroom.cache.teacher import ScoreSpec, identity_of
+from stillroom.cache.workers import ALONE, Worker, find_worker
 from stillroom.replay.load_sampler import load_sampler
 from stillroom.replay.policies import (
     check_student,
@@ -26,11 +29,13 @@ from stillroom.replay.policies import (
     register_initial,
 )
 from stillroom.replay.prompts import Prompts, PromptsConfig, load_prompts
-from stillroom.replay.refresh import refresh, retire_stale
+from stillroom.replay.refresh import cycle_name, refresh, retire_stale
 from stillroom.replay.rollout import rollout
+from stillroom.replay.rollout_on_ray import rollout_on_ray
 from stillroom.replay.sampler import SamplerConfig
 from stillroom.tools.convert import convert
-from stillroom.tools.jobs import ConvertJob, InitJob, RefreshJob, RolloutJob, ScoreJob, TrainJob
+from stillroom.tools.ending import ends_when_told
+from stillroom.tools.jobs import ConvertJob, InitJob, RefreshJob, RolloutJob, TrainJob
 from stillroom.tools.listing import describe_kept
 from stillroom.tools.render import print_json, say
 from stillroom.train.durable import write_file
@@ -42,13 +47,15 @@ if TYPE_CHECKING:
 
 def init(job: InitJob) -> int:
     """`stillroom init`."""
-    files = inspect_model(job.teacher.model, job.teacher.revision)
+    files, student = inspect_teacher(job.teacher), _known(job.student)
     spec = ScoreSpec(**{f.name: getattr(job, f.name) for f in fields(ScoreSpec)})
-    identity = identity_of(files, job.teacher, spec, job.shard_format)
-    student = None if job.student is None else _student(job.student, identity)
+    id_map = None if student is None else match_ids(files, student)
+    identity = identity_of(files, job.teacher, spec, job.shard_format, id_map)
+    if student is not None:
+        _check_student(student, identity)
     storage = Storage(job.root)
     there = storage.exists(IDENTITY_PATH)
-    cache = Cache.create(job.root, identity)
+    cache = Cache.create(job.root, identity, id_map)
     if student is not None:
         register_initial(cache.storage, student, "init")
     say(
@@ -56,11 +63,17 @@ def init(job: InitJob) -> int:
         f"at temperature {identity.temperature}, teacher "
         f"{identity.teacher.name}, policy 0 {job.student or 'not named yet'}"
     )
+    if id_map is not None:
+        say(
+            f"init: {id_map.vocab_size:,} ids of the student are mapped to the teacher's; "
+            f"{len(id_map.teacher_only):,} tokens that only the teacher has count in tails"
+        )
     return 0
 
 
 def roll_out(job: RolloutJob) -> int:
     """`stillroom rollout`."""
+    worker = ALONE if job.engine == "ray" else find_worker(job.rank, job.world_size, os.environ)
     cache = Cache.open(job.root)
     student = None if job.student is None else _student(job.student, cache.identity)
     is_first = not policy_versions(cache.storage)
@@ -75,7 +88,7 @@ def roll_out(job: RolloutJob) -> int:
     prompts = _prompts(cache, files, job.prompts, job.sampler)
     if student is not None:
         register_initial(cache.storage, student, "rollout")
-    _sample(cache, files, version, prompts, job)
+    _sample(cache, files, version, prompts, job, worker)
     return 0
 
 
@@ -88,31 +101,6 @@ def refresh_newest(job: RefreshJob) -> int:
     _sample(cache, files, version, prompts, job)
     retired = retire_stale(cache, version, job.refresh.max_lag)
     say(f"refresh: {len(retired)} parts retired, over {job.refresh.max_lag} policies behind")
-    return 0
-
-
-def score_all(job: ScoreJob) -> int:
-    """`stillroom score`."""
-    cache = Cache.open(job.root)
-    known = cache.identity
-    files = inspect_model(job.teacher.model, job.teacher.revision)
-    given = {f.name: getattr(job, f.name) for f in fields(ScoreSpec)}
-    spec = replace(ScoreSpec.of(known), **{n: v for n, v in given.items() if v is not None})
-    identity = identity_of(files, job.teacher, spec, known.shard_format)
-    known.check_same(identity, cache.storage.describe(IDENTITY_PATH))
-    if job.again is not None:
-        cache.quarantine(job.again, "scored again by request", damaged=False)
-    if not cache.unscored():
-        say(f"score: nothing to do, {len(cache.commits())} parts are scored")
-        return 0
-    teacher = load_teacher(files, job.teacher)
-    report = score(cache, teacher, accept_numerics=job.accept_numerics)
-    rate = report.positions / report.teacher_s if report.teacher_s else 0.0
-    say(
-        f"score: {len(report.scored)} parts, {report.positions:,} positions in "
-        f"{report.teacher_s:.1f} s of the teacher ({rate:,.0f} positions/s); "
-        f"{len(report.lost)} parts scored by others meanwhile"
-    )
     return 0
 
 
@@ -231,9 +219,13 @@ def convert_cache(job: ConvertJob) -> int:
 
 def _student(model: str, identity: Identity) -> ModelFiles:
     files = inspect_model(model)
+    _check_student(files, identity)
+    return files
+
+
+def _check_student(files: ModelFiles, identity: Identity) -> None:
     fingerprint, vocab_size = identity.tokenizer_fingerprint, identity.vocab_size
     check_student(files, fingerprint, vocab_size, identity.teacher.name)
-    return files
 
 
 def _known(student: str | None) -> ModelFiles | None:
@@ -264,10 +256,23 @@ def _prompts(
 
 
 def _sample(
-    cache: Cache, files: ModelFiles, version: int, prompts: Prompts, job: RolloutJob | RefreshJob
+    cache: Cache,
+    files: ModelFiles,
+    version: int,
+    prompts: Prompts,
+    job: RolloutJob | RefreshJob,
+    worker: Worker = ALONE,
 ) -> None:
     cycle = refresh(cache, prompts.prompts, job.sampler, job.refresh, version)
-    report = rollout(cache, cycle, lambda: load_sampler(files, job.sampler))
+    with ends_when_told():
+        if isinstance(job, RolloutJob) and job.engine == "ray":
+            load = partial(
+                load_sampler, replace(files, folder=files.folder.absolute()), job.sampler
+            )
+            wants_gpu = job.sampler.device != "cpu"
+            report = rollout_on_ray(cache, cycle_name(version), load, job.ray, wants_gpu=wants_gpu)
+        else:
+            report = rollout(cache, cycle, lambda: load_sampler(files, job.sampler), worker=worker)
     num_planned = sum(len(unit.prompt_ids) for unit in cycle.units)
     rate = report.positions / report.sample_s if report.sample_s else 0.0
     say(

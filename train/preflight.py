@@ -33,8 +33,12 @@ def check_models(config: RunConfig) -> Models:
     Raises:
         MissingError, InputError: a model folder is missing or not whole.
         MismatchError: other tokenizers or vocabularies.
-        ConfigError: a setting is out of the teacher's range.
+        ConfigError: the teacher is an ensemble, or a setting is out of the teacher's range.
     """
+    if config.teacher.ensemble:
+        got, do = f"{len(config.teacher.ensemble)} more", "Use init, rollout, score and train."
+        expected = "one model: a run lets its teacher write text, which a mixture cannot"
+        raise ConfigError("teacher.ensemble", expected, got, do)
     teacher = inspect_model(config.teacher.model, config.teacher.revision)
     student = inspect_model(config.student)
     identity = identity_of(teacher, config.teacher, config.score_spec, config.shard_format)

@@ -9,31 +9,34 @@ its rollouts name it.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stillroom.cache.canary import CHECK_EVERY_S
 from stillroom.cache.errors import ConfigError, CorruptError, MismatchError
 from stillroom.cache.part import policy_of
 from stillroom.cache.score import score
 from stillroom.cache.store import Cache
 from stillroom.cache.teacher import Teacher
+from stillroom.replay.load_sampler import load_sampler
 from stillroom.replay.policies import Policy, policy_versions, read_policy, record_unkept
 from stillroom.replay.prompts import Prompt
 from stillroom.replay.refresh import RefreshConfig, refresh, retire_stale
 from stillroom.replay.rollout import rollout
 from stillroom.replay.sampler import SamplerConfig, StudentSampler
 from stillroom.replay.transformers_sampler import TransformersSampler
+from stillroom.replay.vllm_sampler import VllmSampler
 from stillroom.train.callbacks import Callback, StepOutcome
 from stillroom.train.checkpoint import checkpoints_of, newest_checkpoint
+from stillroom.train.publish import save_student
 from stillroom.train.run_snapshot import pin_name
 
 if TYPE_CHECKING:
     from stillroom.train.report import TrainReport
     from stillroom.train.trainer import ReplayTrainer
-
-CHECK_TEACHER_EVERY_S = 3600.0
-"""A teacher that stays in memory scores the canary again after so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ class Refresher:
         cycle = refresh(self.cache, self.prompts, self.sampler, self.config, version)
         sampled = rollout(self.cache, cycle, make_sampler)
         now = time.monotonic()
-        is_due = now - self._checked_at >= CHECK_TEACHER_EVERY_S
+        is_due = now - self._checked_at >= CHECK_EVERY_S
         scored = score(self.cache, self.teacher, check_teacher=is_due)
         self._checked_at = now if is_due else self._checked_at
         self.positions += scored.positions
@@ -114,13 +117,14 @@ class RefreshCallback(Callback):
 
     The stream takes up the new rows with the next step. What is replayed then is that of the last
     `max_lag + 1` students. Needs a second copy of the student's buffers, but shares its weights; a
-    LoRA's are merged into new ones. A run that is resumed retires what its students after the
-    checkpoint had sampled, and samples anew, so it goes on otherwise than it did before. What those
-    students had retired stays so: with a checkpoint at least every `follow_every_steps` batches,
-    that is the rows of one student at most. A run that starts again without a checkpoint retires
-    all that its students had sampled, and samples first where nothing is left to replay. A run is
-    known by its name and its output folder; one that was moved leaves alone what it sampled before.
-    No other run refreshes the cache at the same time.
+    LoRA's are merged into new ones. Where vLLM samples, the student's weights are written to a
+    folder below the run's output at each refresh, read by the engine, and removed. A run that is
+    resumed retires what its students after the checkpoint had sampled, and samples anew, so it goes
+    on otherwise than it did before. What those students had retired stays so: with a checkpoint at
+    least every `follow_every_steps` batches, that is the rows of one student at most. A run that
+    starts again without a checkpoint retires all that its students had sampled, and samples first
+    where nothing is left to replay. A run is known by its name and its output folder; one that was
+    moved leaves alone what it sampled before. No other run refreshes the cache at the same time.
 
     Args:
         refresher: makes new rows; of the trainer's cache.
@@ -132,7 +136,7 @@ class RefreshCallback(Callback):
         """Nothing is loaded yet."""
         self._refresher = refresher
         self._version: int | None = None
-        self._sampler: TransformersSampler | None = None
+        self._sampler: StudentSampler | None = None
 
     def on_open(self, trainer: "ReplayTrainer") -> None:
         """Check that this trainer can be refreshed, and leave what a run that starts again had
@@ -149,8 +153,7 @@ class RefreshCallback(Callback):
         _retire_from(trainer, 0)
         if not trainer.cache.commits().keys() - trainer.cache.retired():
             policy = _record(trainer)
-            sampler = self._refresher.sampler
-            self._refresher(policy.version, lambda: TransformersSampler(trainer.files, sampler))
+            self._refresher(policy.version, lambda: self._sampler_of(trainer))
             self._version = trainer.policy_version = policy.version
 
     def on_begin(self, trainer: "ReplayTrainer") -> None:
@@ -198,11 +201,19 @@ class RefreshCallback(Callback):
         self._version = trainer.policy_version = policy.version
         trainer.log({f"refresh/{name}": value for name, value in asdict(done).items()})
 
-    def _sampler_now(self, trainer: "ReplayTrainer") -> TransformersSampler:
+    def _sampler_of(self, trainer: "ReplayTrainer") -> StudentSampler:
         if self._sampler is None:
-            self._sampler = TransformersSampler(trainer.files, self._refresher.sampler)
-        self._sampler.take_weights(plain_weights(trainer))
+            self._sampler = load_sampler(trainer.files, self._refresher.sampler)
         return self._sampler
+
+    def _sampler_now(self, trainer: "ReplayTrainer") -> StudentSampler:
+        sampler = self._sampler_of(trainer)
+        if isinstance(sampler, TransformersSampler):
+            sampler.take_weights(plain_weights(trainer))
+        elif isinstance(sampler, VllmSampler):
+            with TemporaryDirectory(prefix=".sampled-", dir=trainer.output) as folder:
+                sampler.take_weights(save_student(trainer, Path(folder) / "student"))
+        return sampler
 
 
 def plain_weights(trainer: "ReplayTrainer") -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -119,6 +120,8 @@ def _convert(hint: Any, value: Any, where: str, absent: Any) -> Any:
         return _convert_list(typing.get_args(hint), value, where, absent)
     if typing.get_origin(hint) is dict:
         return _convert_mapping(typing.get_args(hint), value, where, absent)
+    if typing.get_origin(hint) is Mapping:
+        return _checked_mapping(value, where)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     nested = [kind for kind in allowed if dataclasses.is_dataclass(kind)]
     if nested and value is not None:
@@ -160,6 +163,13 @@ def _convert_mapping(hints: tuple[Any, ...], value: Any, where: str, absent: Any
         )
         for key, item in value.items()
     }
+
+
+def _checked_mapping(value: Any, where: str) -> Mapping[str, Any]:
+    """A mapping whose values are not ours to know."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(where, "name: value", repr(value), "Write it as {name: value}.")
+    return value
 
 
 def _number(text: str) -> float | str:

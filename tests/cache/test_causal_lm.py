@@ -9,7 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from stillroom.cache.causal_lm import head_logits, load_causal_lm, pick_device, trunk
+from stillroom.cache.causal_lm import (
+    _check_causal,
+    head_logits,
+    load_causal_lm,
+    pick_device,
+    trunk,
+)
 from stillroom.cache.errors import ConfigError, InputError
 from stillroom.cache.fingerprint import inspect_model
 from tests.conftest import VOCAB, save_llama, save_tokenizer
@@ -131,3 +137,13 @@ def test_an_architecture_without_a_trunk_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama4_text", **sizes))
     with pytest.raises(InputError, match="Llama4ForCausalLM: expected a trunk that gives last"):
         trunk(model, torch.tensor([[3, 1, 4]]))
+
+
+def test_a_model_that_reads_what_comes_later_is_refused(teacher_dir: Path) -> None:
+    model, files = load(teacher_dir), inspect_model(str(teacher_dir))
+    _check_causal(model, files)
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False  # type: ignore[assignment]
+    with pytest.raises(InputError, match="hidden states that follow later tokens too"):
+        _check_causal(model, files)

@@ -86,7 +86,8 @@ def test_a_user_column_of_another_length_is_named() -> None:
 def test_a_row_that_the_teacher_cannot_read_whole_is_named() -> None:
     rows = [make_rollout(teacher_prompt=[1]), make_rollout(), make_rollout(teacher_prompt=[1] * 4)]
     encode_part(make_table(rows[:2]), META, max_length=5)
-    with pytest.raises(InputError, match=r"row 1: .*got 5 tokens; the teacher reads 4"):
+    message = r"row 1: .*got 5 tokens; the teacher reads 4 \(and 1 more such rows\)"
+    with pytest.raises(InputError, match=message):
         encode_part(make_table(rows), META, max_length=4)
     with pytest.raises(InputError, match=r"row 2: .*got 6 tokens; the teacher reads 5"):
         encode_part(make_table(rows), META, max_length=5)

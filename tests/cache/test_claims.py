@@ -242,7 +242,7 @@ def test_work_that_does_not_get_on_is_not_renewed(
         assert renewals.go_on(), "a teacher that was only slow goes on with its part"
         assert not Claims(storage).take(PART)
     said = capsys.readouterr().err
-    assert said == f"  warning: others may score {PART} too: nothing came of it for 600 s\n"
+    assert said == f"  warning: others may do {PART} too: nothing came of it for 600 s\n"
 
 
 def test_a_claim_that_another_took_over_is_left_to_it(storage: Storage, renewals: Renewals) -> None:
@@ -372,7 +372,7 @@ def test_trouble_with_a_claim_is_said_once_and_fails_nothing(
     assert done == [PART]
     said = capsys.readouterr().err
     assert said.count("no space") == 1
-    assert f"others may score {PART} too" in said
+    assert f"others may do {PART} too" in said
 
 
 def test_workers_want_different_parts_first(storage: Storage) -> None:

@@ -242,6 +242,52 @@ def test_a_missing_file_of_a_sharded_checkpoint_is_named(model: Path) -> None:
         inspect_model(str(model))
 
 
+def test_a_tensor_that_only_the_index_names_is_missing(model: Path) -> None:
+    """As where the files of two downloads were mixed."""
+    shard_weights(model)
+    path = model / INDEX
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.more.weight"] = "model-00001-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"none of 1 tensors .*model\.more\.weight"):
+        inspect_model(str(model))
+
+
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
+def test_an_index_of_another_form_is_refused(model: Path, text: str) -> None:
+    (model / INDEX).write_text(text)
+    with pytest.raises(InputError, match="weight_map: expected a file's name for each tensor"):
+        inspect_model(str(model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "got"),
+    [
+        ({"architectures": ["BertForMaskedLM"]}, "got BertForMaskedLM"),
+        ({"architectures": ["LlamaModel"]}, "got LlamaModel"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "got LlamaForSequence"),
+        (
+            {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
+            "got an encoder and a decoder",
+        ),
+    ],
+)
+def test_a_model_that_predicts_no_next_token_is_refused(
+    model: Path, changes: dict[str, Any], got: str
+) -> None:
+    change_config(model, **changes)
+    with pytest.raises(InputError, match=rf"config\.json: expected a causal .*; {got}"):
+        inspect_model(str(model))
+
+
+@pytest.mark.parametrize(
+    "names", [["GPT2LMHeadModel"], ["Gemma3ForConditionalGeneration"], [], ...]
+)
+def test_a_model_that_may_predict_the_next_token_is_taken(model: Path, names: Any) -> None:
+    change_config(model, architectures=names)
+    assert inspect_model(str(model)).vocab_size == VOCAB
+
+
 def test_names_dtypes_and_shapes_count(model: Path) -> None:
     path, found = model / "model.safetensors", set()
     zeros: list[dict[str, np.ndarray]] = [

@@ -8,7 +8,7 @@ import pytest
 
 from stillroom.cache import jsonfile
 from stillroom.cache.errors import ConfigError, CorruptError, MismatchError, MissingError
-from stillroom.cache.identity import Identity, TeacherId
+from stillroom.cache.identity import Identity, MemberId, TeacherId, fingerprint_of
 from stillroom.cache.store import Cache
 from tests.cache.fakes import make_identity
 
@@ -86,10 +86,11 @@ OTHER: dict[str, Any] = {
     "topk": 6,
     "mass": 0.9,
     "shard_format": "parquet",
+    "id_map": "0" * 32,
     "required_features": ("new",),
     "format_version": 2,
 }
-TOLD_BELOW = {"teacher", "extra", "extra_kind"}
+TOLD_BELOW = {"teacher", "extra", "extra_kind", "ensemble"}
 TOLD_BY = ["weight_format", "compute_dtype", "fingerprint"]
 
 
@@ -118,6 +119,52 @@ def test_names_are_for_people() -> None:
     teacher = replace(identity.teacher, name="/elsewhere", revision="v2")
     identity.check_same(make_identity(teacher=teacher), "here")
     assert {f.name for f in fields(TeacherId)} == {"name", "revision", *TOLD_BY}
+
+
+def make_ensemble(*weights: float, **changes: Any) -> Identity:
+    """The identity of an ensemble of models a, b, ..."""
+    members = tuple(
+        MemberId(name=n, revision=None, weight_format="F32", fingerprint=n, weight=w)
+        for n, w in zip("abc", weights, strict=False)
+    )
+    members = tuple(replace(member, **changes) for member in members)
+    teacher = replace(TEACHER, fingerprint=fingerprint_of(members))
+    return make_identity(teacher=teacher, ensemble=members)
+
+
+def test_an_ensemble_round_trip() -> None:
+    identity = make_ensemble(0.25, 0.75)
+    assert Identity.from_json(identity.to_json(), "here") == identity
+    assert fields_of(identity)["ensemble"][1]["weight"] == 0.75
+    assert {"ensemble", "id_map"}.isdisjoint(fields_of(make_identity()))
+
+
+def test_another_ensemble_is_another_identity() -> None:
+    identity = make_ensemble(0.25, 0.75)
+    identity.check_same(make_ensemble(0.25, 0.75, name="/elsewhere", revision="v2"), "here")
+    for other in (make_ensemble(0.5, 0.5), make_ensemble(0.75, 0.25)):
+        with pytest.raises(MismatchError, match=r"ensemble = \[\('a', 0\.25\), \('b', 0\.75\)\]"):
+            identity.check_same(other, "here")
+    with pytest.raises(MismatchError, match=r"teacher\.fingerprint = .*ensemble = "):
+        identity.check_same(make_identity(), "here")
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.5, 0.4], [1.5, -0.5], [1.0, 0.0]])
+def test_weights_that_are_no_shares_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ConfigError, match=r"^ensemble: expected two members or more, weights"):
+        make_ensemble(*weights)
+
+
+def test_the_fingerprint_of_an_ensemble_is_that_of_its_members() -> None:
+    with pytest.raises(ConfigError, match=r"^teacher\.fingerprint: expected the digest of its"):
+        replace(make_ensemble(0.5, 0.5), teacher=TEACHER)
+
+
+@pytest.mark.parametrize("empty", [{"id_map": ""}, {"ensemble": []}])
+def test_an_empty_field_is_left_out(empty: dict[str, Any]) -> None:
+    """Or one identity would have two digests."""
+    with pytest.raises(CorruptError, match=r"^here: expected nothing in place of an empty field"):
+        Identity.from_json(changed(**empty), "here")
 
 
 def test_every_field_that_differs_is_named() -> None:
@@ -169,6 +216,10 @@ def test_an_unknown_required_feature_is_refused() -> None:
         {"required_features": 1},
         {"required_features": [{}]},
         {"vocab_size": []},
+        {"ensemble": 1},
+        {"ensemble": [1]},
+        {"ensemble": [{"name": "a"}]},
+        {"id_map": 1},
     ],
 )
 def test_what_is_no_identity_is_refused(changes: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from stillroom.cache.progress import Progress
+from stillroom.cache.progress import Progress, duration
 
 
 @pytest.fixture
@@ -50,6 +50,25 @@ def test_slow_work_has_a_rate_below_one(
         clock[0] += 40
         shown.advance()
     assert capsys.readouterr().err == "  train: 1 of 4 steps, 0.03/s, 120 s left\n"
+
+
+def test_more_is_said_behind_it(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    def more(left: int, rate: float) -> str:
+        return f"; {left} and {rate:.0f}"
+
+    shown = Progress("score", 1000, "positions", more)
+    for _ in range(2):
+        clock[0] += 25
+        shown.advance(250)
+    line = "  score: 250 of 1,000 positions, 10/s, 75 s left; 750 and 10\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (599, "599 s"), (601, "10.0 min"), (9000, "2.5 h")]
+)
+def test_times_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_a_terminal_gets_a_bar(

@@ -64,6 +64,20 @@ def test_every_part_is_scored_once(cache: Cache) -> None:
         assert_scored(arrays, token[at - 1].tolist(), token[at].tolist())
 
 
+def test_a_report_says_how_long_the_model_ran(cache: Cache) -> None:
+    class Telling(FakeTeacher):
+        def stats(self) -> dict[str, float]:
+            return {"model_s": 0.25 * len(self.read)}
+
+    add(cache, 1)
+    add(cache, 2)
+    report = score(cache, Telling())
+    assert report.model_s == 0.25 * 12, "the canary is not among the parts"
+    assert report.work_s >= report.teacher_s > 0
+    add(cache, 3)
+    assert score(cache, FakeTeacher()).model_s == 0
+
+
 def test_a_teacher_that_stays_need_not_score_the_canary_again(cache: Cache) -> None:
     first = add(cache, 1)
     score(cache, FakeTeacher(), check_teacher=False)

@@ -15,9 +15,11 @@ import pytest
 
 from stillroom.cache import claims, jsonfile
 from stillroom.cache.claims import Claims, claim_path
-from stillroom.cache.score import FULL_LOOK_EVERY, LOOK_AFTER_S, score
+from stillroom.cache.score import score
+from stillroom.cache.shared_work import FULL_LOOK_EVERY, LOOK_AFTER_S
 from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
+from stillroom.cache.workers import Worker
 from tests.cache.fakes import (
     FakeTeacher,
     commit_shard,
@@ -27,7 +29,7 @@ from tests.cache.fakes import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-Start = Callable[[int], list[subprocess.Popen[str]]]
+Start = Callable[..., list[subprocess.Popen[str]]]
 pytestmark = pytest.mark.dist
 
 
@@ -39,15 +41,16 @@ def gate(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start(root: Path, gate: Path) -> Iterator[Start]:
-    """Starts scorers in processes of their own; they score at once."""
+    """Starts scorers in processes of their own, with ranks if asked; they score at once."""
     with ExitStack() as stack:
 
-        def start_some(number: int) -> list[subprocess.Popen[str]]:
+        def start_some(number: int, *, ranked: bool = False) -> list[subprocess.Popen[str]]:
             command = [sys.executable, "-m", "tests.cache.scorer_child", str(root), str(gate)]
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            which = [[str(rank), str(number)] if ranked else [] for rank in range(number)]
             started = [
-                stack.enter_context(subprocess.Popen(command, cwd=ROOT, text=True, **pipes))
-                for _ in range(number)
+                stack.enter_context(subprocess.Popen(command + own, cwd=ROOT, text=True, **pipes))
+                for own in which
             ]
             for process in started:
                 stack.callback(process.kill)
@@ -101,6 +104,36 @@ def test_live_workers_score_hardly_anything_twice(cache: Cache, gate: Path, star
     twice = sum(len(report["lost"]) for report in reports)
     assert attempts_of(cache) == len(parts) + twice
     assert twice < 0.01 * len(parts)
+
+
+def test_ranks_score_their_own_share_first(cache: Cache, gate: Path, start: Start) -> None:
+    parts = add_parts(cache, 30)
+    gate.touch()
+    reports = [ended(process) for process in start(2, ranked=True)]
+    assert sorted(part for report in reports for part in report["scored"]) == parts, "each once"
+    assert attempts_of(cache) == len(parts), "and nothing for nothing"
+    for rank, report in enumerate(reports):
+        worker = Worker(rank=rank, world_size=2)
+        mine = [worker.owns(part) for part in report["scored"]]
+        assert mine == sorted(mine, reverse=True), "others' parts come last"
+        assert any(mine)
+
+
+def test_the_other_rank_finishes_what_a_killed_one_had_begun(
+    cache: Cache, gate: Path, start: Start
+) -> None:
+    """Both are in the middle of a part of their share when one is killed."""
+    parts = add_parts(cache, 8)
+    killed, other = start(2, ranked=True)
+    wait_for(lambda: len(cache.storage.list("claims")) == 2)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait(timeout=60)
+    gate.touch()
+    report = ended(other)
+    assert sorted(report["scored"]) == parts
+    assert report["lost"] == []
+    assert attempts_of(cache) == len(parts)
+    assert set(cache.commits().values()) == {0}
 
 
 def test_a_scorer_that_is_killed_is_replaced_at_once(
@@ -159,7 +192,7 @@ def test_a_scorer_waits_for_what_others_do(
         wait = min(first * 2**number, longest)
         assert 0.75 * wait <= seconds <= wait
     said = capsys.readouterr().err
-    assert said.count("waiting for parts that other scorers have claimed: 1, such as") == 1
+    assert said.count("waiting for parts that other workers have claimed: 1, such as") == 1
 
 
 def test_a_scorer_takes_over_what_another_lets_die(

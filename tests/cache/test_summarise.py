@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from stillroom.cache.errors import NumericsError
+from stillroom.cache.rounded import rounded
 from stillroom.cache.schema import UNUSED_ID
-from stillroom.cache.summarise import rounded, summarise
+from stillroom.cache.summarise import summarise
 from stillroom.cache.tail_draws import uniforms
 from stillroom.cache.teacher import RowScores, ScoreSpec
 from tests.cache.fakes import dense_scores, log_softmax, same_bits
@@ -167,3 +168,44 @@ def test_draws_are_from_the_tail_with_both_of_their_logprobs() -> None:
         np.testing.assert_allclose(logprob[p], own, rtol=1e-3)
         tail = np.logaddexp.reduce(np.delete(full_PV[p], scores.topk_id[p].astype(int)))
         np.testing.assert_allclose(given[p], own - tail, atol=2e-5)
+
+
+@pytest.mark.parametrize("mass", [1.0, 0.5])
+@pytest.mark.parametrize("shift", [-200.0, 0.0, 200.0])
+def test_the_rest_counts_and_is_never_an_entry(mass: float, shift: float) -> None:
+    """As if its tokens had columns that no entry is taken from."""
+    rng = np.random.default_rng(3)
+    logit_PV = rng.normal(0, 3, (40, 30)).astype(np.float32)
+    rest_PR = (rng.normal(0, 3, (40, 5)) + shift).astype(np.float32)
+    rest_P1 = torch.from_numpy(rest_PR).logsumexp(-1, keepdim=True)
+    sampled_P = torch.from_numpy(rng.integers(0, 30, 40))
+    spec = ScoreSpec(topk=4, mass=mass)
+    found = summarise(
+        torch.from_numpy(logit_PV.copy()), sampled_P, spec, np.zeros(40), rest_P1=rest_P1
+    )
+    logprob_PV = log_softmax(np.concatenate([logit_PV, rest_PR], 1))[:, :30]
+    for p, count in enumerate(found["topk_count"].tolist()):
+        best = np.argsort(-logprob_PV[p])[:count]
+        assert found["topk_id"][p, :count].tolist() == best.tolist()
+        np.testing.assert_allclose(
+            found["topk_logprob"][p, :count], logprob_PV[p][best], rtol=1e-5, atol=1e-5
+        )
+        covered = np.exp(logprob_PV[p][best]).sum()
+        tail = float(found["tail_logprob"][p])
+        assert np.exp(tail) == pytest.approx(1 - covered, abs=1e-5)
+        assert count == 4 or (mass == 0.5 and covered >= 0.5)
+        sampled = logprob_PV[p, sampled_P[p]]
+        assert float(found["sampled_logprob"][p]) == pytest.approx(sampled, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_rest_that_is_not_finite_names_its_row(bad: float) -> None:
+    rest_P1 = torch.tensor([[0.0], [bad]])
+    with pytest.raises(NumericsError, match=r"^row 7"):
+        summarise(
+            torch.zeros(2, 5),
+            torch.zeros(2, dtype=torch.int64),
+            SPEC,
+            np.array([6, 7]),
+            rest_P1=rest_P1,
+        )

@@ -332,7 +332,7 @@ def test_logits_are_held_for_head_rows_at_a_time(
         sizes.append(logit_PV.numel())
         return logit_PV
 
-    monkeypatch.setattr("stillroom.cache.transformers_teacher.head_logits", recording)
+    monkeypatch.setattr("stillroom.cache.full_logits.head_logits", recording)
     run(make_teacher(teacher_dir, head_rows=16), random_rows(40, 40, 7))
     assert max(sizes) == 16 * VOCAB
     assert sum(sizes) == (39 + 39 + 6) * VOCAB

@@ -109,6 +109,44 @@ def test_plain_text_becomes_one_user_message(
         assert prompt.id == prompt_id(prompt.token)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
+def test_prompts_of_one_route_are_taken(
+    suffix: str, save: Save, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """By the text of the column, whatever its type."""
+    path = save([{"prompt": f"p{i}", "teacher": "ab"[i % 2], "n": i % 3} for i in range(6)], suffix)
+
+    def taken(column: str, route: str, **settings: Any) -> list[str]:
+        loaded = load(path, tokenizer, route_column=column, route=route, **settings)
+        return texts(loaded, tokenizer)
+
+    assert taken("teacher", "a") == [as_user(f"p{i}") for i in (0, 2, 4)]
+    assert taken("teacher", "b", limit=3) == [as_user("p1")]
+    assert taken("n", "2") == [as_user("p2"), as_user("p5")]
+
+
+def test_a_route_that_is_not_there_is_refused(
+    save: Save, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = save([{"prompt": "p", "teacher": name} for name in ("math", "general")])
+    with pytest.raises(InputError, match=r"'teacher'.*'maths'; got rows of \['general', 'math'\]"):
+        load(path, tokenizer, route_column="teacher", route="maths")
+    with pytest.raises(InputError, match=r"a column model; got \['prompt', 'teacher'\]"):
+        load(path, tokenizer, route_column="model", route="math")
+
+
+@pytest.mark.parametrize("half", [{"route": "math"}, {"route_column": "teacher"}])
+def test_half_a_route_is_refused(half: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"^prompts\.route_column, prompts\.route: expected both"):
+        PromptsConfig(source="p.jsonl", **half)  # type: ignore[arg-type]
+
+
+def test_an_error_names_the_row_of_the_file(save: Save, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"prompt": text, "teacher": name} for text, name in (("p", "a"), ("p", "b"), ("", "b"))]
+    with pytest.raises(InputError, match=r"prompts\.jsonl, row 2: expected a prompt; got an empty"):
+        load(save(rows), tokenizer, route_column="teacher", route="b")
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 @pytest.mark.parametrize("column", ["messages", "prompt"])
 def test_messages_are_rendered_as_they_are(

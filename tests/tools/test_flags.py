@@ -109,3 +109,24 @@ def test_arguments_of_an_optimiser_come_from_flags_too() -> None:
     made = parse_flags(ReplayConfig, flags, "p").optimizer_args
     assert made == {"betas": (0.9, 0.95), "eps": 1e-4, "fused": True}
     assert made["fused"] is True
+
+
+def test_arguments_of_an_engine_are_one_json_object(
+    write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = "--teacher.vllm.engine-args"
+    flags = ["--root", "r", "--teacher.model", "t", named]
+    given = parse_with_file(ScoreJob, [*flags, '{"seed": 1, "nested": {"a": [true]}}'], "p")
+    assert given.teacher.vllm.engine_args == {"seed": 1, "nested": {"a": [True]}}
+    text = "root: r\nteacher: {model: t, vllm: {engine_args: {seed: 1, nested: {a: [true]}}}}\n"
+    assert parse_with_file(ScoreJob, [write(text)], "p") == given
+    assert parse_with_file(ScoreJob, [write(text), named, "{}"], "p").teacher.vllm.engine_args == {}
+    for bad in ("[1]", "seed=1"):
+        with pytest.raises(SystemExit) as stop:
+            parse_with_file(ScoreJob, [*flags, bad], "p")
+        assert stop.value.code == 2
+    assert "a JSON object such as" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="no model; got model"):
+        parse_with_file(ScoreJob, [*flags, '{"model": "m"}'], "p")
+    with pytest.raises(ConfigError, match=r"'engine_args'.*Write it as"):
+        parse_with_file(ScoreJob, [write("teacher: {vllm: {engine_args: [1]}}")], "p")

@@ -72,7 +72,12 @@ def test_prints_units(made_root: Path, run: Any, tree: Any) -> None:
     before = tree(made_root)
     ran = run("stats", made_root)
     assert ran.status == 0
-    for text in ("bytes/position", "mean probability of the teacher's top 8", "length, tokens"):
+    for text in (
+        "bytes/position",
+        "mean probability of the teacher's top 8",
+        "length, tokens",
+        "took 2.0 s",
+    ):
         assert text in ran.out
     assert tree(made_root) == before
 

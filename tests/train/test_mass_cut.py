@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from stillroom.cache.rounded import rounded
 from stillroom.cache.schema import Arrays
 from stillroom.cache.score_rows import score_columns
-from stillroom.cache.summarise import rounded, summarise
+from stillroom.cache.summarise import summarise
 from stillroom.cache.teacher import ScoreSpec
 from stillroom.replay.batch import Row, collate
 from stillroom.train.objectives import divergence

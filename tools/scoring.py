@@ -1,0 +1,93 @@
+"""What `stillroom score` does: once or as a service, here or on Ray, alone or as one of many."""
+
+import os
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+
+from stillroom.cache.errors import ConfigError
+from stillroom.cache.load_teacher import load_teacher
+from stillroom.cache.score import Scorer, ScoreReport
+from stillroom.cache.score_on_ray import score_on_ray
+from stillroom.cache.storage import local_path
+from stillroom.cache.store import Cache
+from stillroom.cache.teacher import Teacher, TeacherConfig
+from stillroom.cache.watch import watch
+from stillroom.cache.workers import ALONE, Worker, find_worker
+from stillroom.tools.ending import ends_when_told
+from stillroom.tools.jobs import ScoreJob
+from stillroom.tools.render import say
+from stillroom.tools.score_settings import teacher_of
+from stillroom.tools.score_text import print_scored
+
+
+def score_all(job: ScoreJob) -> int:
+    """`stillroom score`."""
+    worker = ALONE if job.engine == "ray" else find_worker(job.rank, job.world_size, os.environ)
+    if job.again is not None and worker.world_size > 1:
+        got, do = f"{worker.world_size} workers", "Let one worker do it, then start the others."
+        raise ConfigError("again", "one worker", got, do)
+    cache = Cache.open(job.root)
+    teacher_of(job, cache)
+    if job.again is not None:
+        cache.quarantine(job.again, "scored again by request", damaged=False)
+    if not (job.watch or cache.unscored()):
+        say(f"score: nothing to do, {len(cache.commits())} parts are scored")
+        return 0
+    with ends_when_told():
+        if job.engine == "ray":
+            print_scored(_on_ray(job, cache))
+        elif job.watch:
+            print_scored(_until_told(job, cache, worker))
+        else:
+            scorer = _scorer(job, cache, worker)
+            scorer.score(cache.unscored())
+            print_scored(scorer.report)
+    return 0
+
+
+def _until_told(job: ScoreJob, cache: Cache, worker: Worker) -> ScoreReport:
+    """A service ends well when it is told to end."""
+    report = ScoreReport()
+    with suppress(KeyboardInterrupt):
+        scorer = _scorer(job, cache, worker)
+        report = scorer.report
+        watch(scorer, job.watch_s)
+    return report
+
+
+def _scorer(job: ScoreJob, cache: Cache, worker: Worker) -> Scorer:
+    teacher = load_checked(job, cache)
+    return Scorer(cache, teacher, accept_numerics=job.accept_numerics, worker=worker)
+
+
+def load_checked(job: ScoreJob, cache: Cache) -> Teacher:
+    """Load the teacher of a job, once it is known to be the cache's.
+
+    Raises:
+        StillroomError: as `teacher_of` and `load_teacher`.
+    """
+    files, id_map = teacher_of(job, cache)
+    return load_teacher(files, job.teacher, id_map)
+
+
+def _on_ray(job: ScoreJob, cache: Cache) -> ScoreReport:
+    teacher = job.teacher
+    return score_on_ray(
+        cache,
+        partial(load_checked, replace(job, teacher=_absolute(teacher))),
+        job.ray,
+        accept_numerics=job.accept_numerics,
+        wants_gpu=teacher.backend != "server" and teacher.device != "cpu",
+    )
+
+
+def _absolute(teacher: TeacherConfig) -> TeacherConfig:
+    """The same teacher for processes that run in another folder."""
+    members = (replace(one, model=_absolute_path(one.model)) for one in teacher.ensemble)
+    return replace(teacher, model=_absolute_path(teacher.model), ensemble=tuple(members))
+
+
+def _absolute_path(model: str) -> str:
+    folder = local_path(model)
+    return str(folder.absolute()) if folder.is_dir() else model
