@@ -29,8 +29,8 @@ def test_patterns_choose_cells() -> None:
 
 
 def test_no_more_rows_are_sampled_than_are_replayed() -> None:
-    assert [STUDY.rows_of(n) for n in (4, 16, 64)] == [32, 64, 64]
-    assert [STUDY.reuse_of(n) for n in (4, 16, 64)] == [1, 2, 6]
+    assert [STUDY.rows_of(n) for n in (4, 16, 64)] == [16, 32, 32]
+    assert [STUDY.reuse_of(n) for n in (4, 16, 64)] == [1, 2, 4]
     assert Cell("trl", 0, "forward", 1).name == "trl.forward.1"
 
 
@@ -44,7 +44,7 @@ def test_no_more_rows_are_sampled_than_are_replayed() -> None:
         ("seeds", (-1,)),
         ("learning_rate", 0.0),
         ("threads", 0),
-        ("refresh_rows", 4),
+        ("refresh_rows", 3),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, value: object) -> None:
