@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from stillroom.cache.errors import ConfigError
 
@@ -19,6 +20,9 @@ class Member:
     """Its share of the probability, beside teacher.weight and the other members'; > 0."""
     urls: tuple[str, ...] = ()
     """Of the backend server: base addresses of the servers that run this member."""
+    served_model: str | None = None
+    """Of the backend server: name under which they serve it; None takes the only one that they
+    have."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -37,6 +41,8 @@ def check_weight(name: str, weight: float) -> None:
 
 
 def shares(weights: Sequence[float]) -> tuple[float, ...]:
-    """Weights over their sum."""
-    total = math.fsum(weights)
-    return tuple(weight / total for weight in weights)
+    """Weights over their sum, as the decimal numbers that people wrote: 0.1 and 0.3 have the shares
+    of 1 and 3, to the last bit."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    total = sum(exact)
+    return tuple(float(weight / total) for weight in exact)

@@ -1,6 +1,8 @@
 """Which of some candidate tokens become a position's entries, where no more is known than the
 candidates and the probability outside of them.
 
+All is in logs: a token of -800 nats has a logprob, but no probability that float64 can hold.
+
 Shapes: p positions, C candidates, K entries.
 """
 
@@ -13,7 +15,7 @@ from stillroom.cache.teacher import RowScores, ScoreSpec
 
 def keep_likeliest(
     candidate_id: np.ndarray,
-    probability: np.ndarray,
+    logprob: np.ndarray,
     outside: np.ndarray,
     sampled_logprob: np.ndarray,
     spec: ScoreSpec,
@@ -23,29 +25,24 @@ def keep_likeliest(
     Args:
         candidate_id: (p, C) ids, none twice in a row; UNUSED_ID where there are fewer than C, but K
             at least.
-        probability: (p, C) float64; 0 where there is none.
-        outside: (p,) float64: probability of all other tokens.
+        logprob: (p, C) float64, nats; -inf where there is no candidate.
+        outside: (p,) float64, nats: log of the probability of all other tokens.
         sampled_logprob: (p,) nats, of the token that was sampled.
         spec: K and the mass.
     """
-    last = np.where(candidate_id == UNUSED_ID, np.inf, -probability)
-    order = np.lexsort((candidate_id, last), axis=-1)
-    candidate_id, probability = (
-        np.take_along_axis(x, order, -1) for x in (candidate_id, probability)
-    )
-    top_id, top = candidate_id[:, : spec.topk], probability[:, : spec.topk]
+    order = np.lexsort((candidate_id, -logprob), axis=-1)
+    candidate_id, logprob = (np.take_along_axis(x, order, -1) for x in (candidate_id, logprob))
+    top_id, top = candidate_id[:, : spec.topk], logprob[:, : spec.topk]
     kept = np.ones(top.shape, bool)
     if spec.mass < 1:
-        kept[:, 1:] = np.cumsum(top, -1)[:, :-1] < spec.mass
-    dropped = np.where(kept, 0, top).sum(-1) + probability[:, spec.topk :].sum(-1)
-    with np.errstate(divide="ignore"):
-        top_logprob, tail = np.log(np.where(kept, top, 0)), np.log(outside + dropped)
+        kept[:, 1:] = np.cumsum(np.exp(top), -1)[:, :-1] < spec.mass
+    dropped = np.concatenate([np.where(kept, -np.inf, top), logprob[:, spec.topk :]], 1)
     return rounded(
         {
             "topk_id": np.where(kept, top_id, UNUSED_ID),
-            "topk_logprob": top_logprob,
+            "topk_logprob": np.where(kept, top, -np.inf),
             "topk_count": kept.sum(-1),
-            "tail_logprob": tail,
+            "tail_logprob": np.logaddexp(outside, np.logaddexp.reduce(dropped, -1)),
             "sampled_logprob": sampled_logprob,
         }
     )

@@ -10,13 +10,15 @@ from stillroom.cache.rounded import LOW_32, rounded
 from stillroom.cache.schema import UNUSED_ID
 from stillroom.cache.teacher import RowScores, ScoreSpec
 
-SLACK = 1e-3
-"""How far above 1 rounding may carry the sum of a position's probabilities."""
+SLACK = 1e-4
+"""How far above 1 rounding may carry the sum of a position's probabilities: a float32 softmax of
+262,144 logits carries it 1.5e-5."""
 
 
 def scores_from_topk(
     topk_id: np.ndarray,
     topk_logprob: np.ndarray,
+    sampled_id: np.ndarray,
     sampled_logprob: np.ndarray,
     spec: ScoreSpec,
     where: str = "scores",
@@ -26,12 +28,13 @@ def scores_from_topk(
     The tail is 1 less the entries' probabilities, summed in float64. What the engine's float32
     leaves of it is good to about 1e-6 of probability: where more than the tail is lost to that, the
     tail is what is known of it all the same, which is the entries that a mass cut-off leaves out,
-    and the sampled token if it is less likely than every entry.
+    and the sampled token if it is none of the entries.
 
     Args:
         topk_id: (p, K) whole numbers: different ids in each row.
         topk_logprob: (p, K) float32 or float64, nats over the full vocabulary, in any order.
-        sampled_logprob: (p,) likewise, of the token that was sampled.
+        sampled_id: (p,) whole numbers: the tokens that were sampled.
+        sampled_logprob: (p,) float32 or float64, nats, of these tokens.
         spec: what is kept: K and the mass; a temperature of 1 and no extra ids.
         where: the row, for messages.
 
@@ -45,18 +48,19 @@ def scores_from_topk(
     total = probability.sum(-1)
     _refuse_bad(total, sampled, where)
     logprob = np.minimum(logprob, 0)
-    least = logprob.min(-1)
-    rest = np.maximum(1 - total, np.where(sampled < least, np.exp(sampled, dtype=np.float64), 0))
+    unlisted = (topk_id != sampled_id[:, None]).all(-1)
+    with np.errstate(divide="ignore"):
+        tail = np.log(np.maximum(1 - total, 0))
+    tail = np.maximum(tail, np.where(unlisted, sampled, -np.inf))
     count = np.full(len(logprob), spec.topk)
     if spec.mass < 1:
         topk_id, logprob, probability = _likeliest_first(topk_id, logprob)
         kept = _kept(probability, spec.mass)
-        rest = rest + np.where(kept, 0, probability).sum(-1)
+        left_out = np.where(kept, -np.inf, logprob.astype(np.float64))
+        tail = np.logaddexp(tail, np.logaddexp.reduce(left_out, -1))
         topk_id = np.where(kept, topk_id, UNUSED_ID)
         logprob = np.where(kept, logprob, -np.inf)
         count = kept.sum(-1)
-    with np.errstate(divide="ignore"):
-        tail = np.log(rest)
     return rounded(
         {
             "topk_id": topk_id,

@@ -7,42 +7,44 @@ from dataclasses import replace
 import numpy as np
 
 from stillroom.cache.entries import keep_likeliest
-from stillroom.cache.errors import ConfigError
 from stillroom.cache.id_map import IdMap
 from stillroom.cache.schema import UNUSED_ID
-from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec, Teacher, stats_of
-
-MOST_MORE = 1024
-"""Entries that are asked for beyond K, one for each token that only the teacher has."""
+from stillroom.cache.teacher import (
+    RowScores,
+    ScoreRow,
+    ScoreSpec,
+    Teacher,
+    longest_row_of,
+    stats_of,
+)
 
 
 class MappedTeacher:
     """A teacher, in a student's ids.
 
     Of each position as many entries more are asked for as there are tokens that only the teacher
-    has; those are taken out, and their probability goes to the tail.
+    has, ids without a token among them, since the engine may list those too; they are taken out,
+    and their probability goes to the tail.
 
     Args:
         teacher: in its own ids.
         id_map: from the student's ids to its own.
-
-    Raises:
-        ConfigError: the teacher has too many tokens of its own to ask for.
     """
 
     def __init__(self, teacher: Teacher, id_map: IdMap) -> None:
         """Bind them."""
         self._teacher, self._map = teacher, id_map
         self._more = len(id_map.teacher_only)
-        if self._more > MOST_MORE:
-            got = f"{self._more} tokens that only the teacher has"
-            do = "Run the teacher with the backend transformers, which gives its whole vocabulary."
-            raise ConfigError("teacher.backend", f"at most {MOST_MORE} of them", got, do)
 
     @property
     def numeric_class(self) -> str:
         """The teacher's."""
         return self._teacher.numeric_class
+
+    @property
+    def longest_row(self) -> int | None:
+        """The teacher's; see `teacher.longest_row_of`."""
+        return longest_row_of(self._teacher)
 
     def stats(self) -> dict[str, float]:
         """The teacher's; see `teacher.stats_of`."""
@@ -70,10 +72,9 @@ class MappedTeacher:
                 topk_logprob=np.take_along_axis(scores.topk_logprob, order, -1),
                 extra_id=extra,
             )
-        listed = np.exp(scores.topk_logprob, dtype=np.float64)
-        foreign = own_id == UNUSED_ID
-        outside = np.exp(scores.tail_logprob, dtype=np.float64)
-        outside += np.where(foreign, listed, 0).sum(-1)
-        own, sampled = np.where(foreign, 0, listed), scores.sampled_logprob
+        listed, foreign = scores.topk_logprob.astype(np.float64), own_id == UNUSED_ID
+        taken_out = np.logaddexp.reduce(np.where(foreign, listed, -np.inf), -1)
+        outside = np.logaddexp(scores.tail_logprob, taken_out)
+        own, sampled = np.where(foreign, -np.inf, listed), scores.sampled_logprob
         kept = keep_likeliest(own_id, own, outside, sampled, spec)
         return replace(kept, extra_id=extra, extra_logprob=scores.extra_logprob)

@@ -7,7 +7,9 @@ bounds, and what no list tells stays in the tail.
 Shapes: p positions, C candidates.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 
 import numpy as np
@@ -15,10 +17,14 @@ import numpy as np
 from stillroom.cache.entries import keep_likeliest
 from stillroom.cache.errors import ConfigError, InputError, NumericsError
 from stillroom.cache.schema import UNUSED_ID
-from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec, Teacher, stats_of
-
-GROUP_TOKENS = 1 << 16
-"""Tokens of the rows that one member scores before the next one does."""
+from stillroom.cache.teacher import (
+    RowScores,
+    ScoreRow,
+    ScoreSpec,
+    Teacher,
+    longest_row_of,
+    stats_of,
+)
 
 
 class MixedTeacher:
@@ -49,6 +55,12 @@ class MixedTeacher:
         asked = "twice" if self._topk is None else f"top{self._topk}"
         return f"ensemble-{len(self._members)}-{asked}-{classes}"
 
+    @property
+    def longest_row(self) -> int | None:
+        """The least of the members' that tell; None where none does."""
+        told = [longest for longest in map(longest_row_of, self._members) if longest is not None]
+        return min(told, default=None)
+
     def stats(self) -> dict[str, float]:
         """Sums of what the members tell; see `teacher.stats_of`."""
         total: dict[str, float] = {}
@@ -57,7 +69,8 @@ class MixedTeacher:
         return total
 
     def score(self, rows: Sequence[ScoreRow], spec: ScoreSpec) -> Iterator[tuple[int, RowScores]]:
-        """Score rows, a group of them at a time; see `teacher.Teacher`.
+        """Score rows; see `teacher.Teacher`. All members work on them at the same time, and a row
+        is yielded when all have scored it.
 
         Raises:
             ConfigError: extra ids are asked for.
@@ -67,14 +80,20 @@ class MixedTeacher:
             raise ConfigError("extra_kind", "none, with an ensemble", spec.extra_kind, do)
         asked = 2 * spec.topk if self._topk is None else max(self._topk, spec.topk)
         wider = replace(spec, topk=min(asked, self._vocab_size), mass=1.0)
-        for start, stop in _groups(rows):
-            found = [
-                _scores_of(member, rows[start:stop], wider, f"member {number}, rows from {start}")
+        found: list[dict[int, RowScores]] = [{} for _ in self._members]
+        with ExitStack() as stack:
+            runs = [
+                stack.enter_context(closing(_scores_of(member, rows, wider, f"member {number}")))
                 for number, member in enumerate(self._members)
             ]
-            for index in range(start, stop):
-                row, scores = rows[index], [own[index - start] for own in found]
-                yield index, mix(scores, self._shares, row.token[row.targets], spec)
+            for step in zip(*runs, strict=True):
+                for own, (index, scores) in zip(found, step, strict=True):
+                    own[index] = scores
+                for index in sorted({index for index, _ in step}):
+                    if all(index in own for own in found):
+                        sampled_id = rows[index].token[rows[index].targets]
+                        every = [own.pop(index) for own in found]
+                        yield index, mix(every, self._shares, sampled_id, spec)
 
 
 def mix(
@@ -88,30 +107,29 @@ def mix(
         sampled_id: (p,) the tokens that were sampled, whose mixed logprob is exact.
         spec: what is kept.
     """
+    shared = [(math.log(share), own) for share, own in zip(shares, scores, strict=True)]
+    nothing = np.full(len(sampled_id), -np.inf)
     listed_id = np.concatenate([s.topk_id for s in scores] + [sampled_id[:, None]], 1)
-    parts = [w * _exp(s.topk_logprob) for w, s in zip(shares, scores, strict=True)]
-    listed = np.concatenate([*parts, np.zeros((len(sampled_id), 1))], 1)
+    parts = [log_share + own.topk_logprob.astype(np.float64) for log_share, own in shared]
+    listed = np.concatenate([*parts, nothing[:, None]], 1)
     candidate_id, known = _joined(listed_id.astype(np.uint32), listed, len(scores) + 1)
-    exact, unlisted, outside = (np.zeros(len(sampled_id)) for _ in range(3))
-    for share, own in zip(shares, scores, strict=True):
-        at_sampled = share * _exp(own.sampled_logprob)
-        exact += at_sampled
-        unlisted += np.where((own.topk_id == sampled_id[:, None]).any(1), 0, at_sampled)
-        outside += share * _exp(own.tail_logprob)
-    probability = np.where(candidate_id == sampled_id[:, None], exact[:, None], known)
-    with np.errstate(divide="ignore"):
-        sampled_logprob = np.log(exact)
-    return keep_likeliest(
-        candidate_id, probability, np.maximum(outside - unlisted, 0), sampled_logprob, spec
-    )
+    exact, unlisted, outside = nothing, nothing, nothing
+    for log_share, own in shared:
+        at_sampled = log_share + own.sampled_logprob.astype(np.float64)
+        is_listed = (own.topk_id == sampled_id[:, None]).any(1)
+        exact = np.logaddexp(exact, at_sampled)
+        unlisted = np.logaddexp(unlisted, np.where(is_listed, -np.inf, at_sampled))
+        outside = np.logaddexp(outside, log_share + own.tail_logprob.astype(np.float64))
+    logprob = np.where(candidate_id == sampled_id[:, None], exact[:, None], known)
+    return keep_likeliest(candidate_id, logprob, _less(outside, unlisted), exact, spec)
 
 
 def _joined(ids: np.ndarray, part: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each id once in its row, with the sum of its parts; UNUSED_ID and 0 in place of the others.
+    """Each id once in its row, with the sum of its parts; the others become UNUSED_ID and -inf.
 
     Args:
         ids: (p, C).
-        part: (p, C) what is added up.
+        part: (p, C) logs of what is added up.
         most: times that an id can come in a row.
     """
     order = ids.argsort(1, kind="stable")
@@ -119,32 +137,24 @@ def _joined(ids: np.ndarray, part: np.ndarray, most: int) -> tuple[np.ndarray, n
     total = part.copy()
     for ahead in range(1, most):
         same = ids[:, ahead:] == ids[:, :-ahead]
-        total[:, :-ahead] += np.where(same, part[:, ahead:], 0)
+        more = np.where(same, part[:, ahead:], -np.inf)
+        total[:, :-ahead] = np.logaddexp(total[:, :-ahead], more)
     again = np.zeros(ids.shape, bool)
     again[:, 1:] = ids[:, 1:] == ids[:, :-1]
-    return np.where(again, UNUSED_ID, ids), np.where(again, 0, total)
+    return np.where(again, UNUSED_ID, ids), np.where(again, -np.inf, total)
 
 
-def _exp(logprob: np.ndarray) -> np.ndarray:
-    return np.asarray(np.exp(logprob, dtype=np.float64))
-
-
-def _groups(rows: Sequence[ScoreRow]) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about GROUP_TOKENS tokens; one row at least."""
-    start, tokens = 0, 0
-    for index, row in enumerate(rows):
-        if tokens and tokens + len(row.token) > GROUP_TOKENS:
-            yield start, index
-            start, tokens = index, 0
-        tokens += len(row.token)
-    if tokens:
-        yield start, len(rows)
+def _less(whole: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """log(exp(whole) - exp(part)); -inf where nothing is left."""
+    some = part < whole
+    share = np.where(some, part, -np.inf) - np.where(some, whole, 0)
+    return np.where(some, whole + np.log1p(-np.exp(share)), -np.inf)
 
 
 def _scores_of(
     member: Teacher, rows: Sequence[ScoreRow], spec: ScoreSpec, where: str
-) -> dict[int, RowScores]:
+) -> Generator[tuple[int, RowScores], None, None]:
     try:
-        return dict(member.score(rows, spec))
+        yield from member.score(rows, spec)
     except (NumericsError, InputError) as error:
         raise type(error)(f"{where}, {error.where}", error.expected, error.got, error.do) from error

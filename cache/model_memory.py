@@ -1,6 +1,6 @@
 """Whether a model fits into memory, told from its files' headers before any weight is read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,12 @@ from stillroom.cache.fingerprint import ModelFiles, tensors_of
 FLOATS = ("F64", "F32", "F16", "BF16")
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
+CGROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Limit and use of a control group of version 2 and 1, and what of its statistics is idle."""
+OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def check_fits(files: ModelFiles, dtype: str, device: torch.device) -> None:
@@ -32,7 +38,8 @@ def check_fits(files: ModelFiles, dtype: str, device: torch.device) -> None:
                 str(files.folder),
                 f"weights that fit into the {free / 1e9:,.1f} GB that are free in {place}",
                 f"{needed / 1e9:,.1f} GB in {dtype}",
-                "Use a smaller dtype or a larger machine, or the backend vllm over several GPUs.",
+                "Use a smaller dtype or a larger machine; the backend vllm runs a teacher over "
+                "several GPUs.",
             )
 
 
@@ -59,15 +66,36 @@ def free_bytes() -> int | None:
 
 
 def _allowed_bytes() -> int | None:
-    """What a container's limit leaves; None without one."""
-    try:
-        most = (CGROUP / "memory.max").read_text().strip()
-        used = int((CGROUP / "memory.current").read_text())
-        words = [line.split() for line in (CGROUP / "memory.stat").read_text().splitlines()]
-    except (OSError, ValueError):
-        return None
-    cached = sum(int(value) for name, value in words if name == "inactive_file")
-    return int(most) - used + cached if most.isdecimal() else None
+    """What the limits of this process's control groups leave, the least; None without any."""
+    found = [_left_in(folder) for folder in _own_cgroups()]
+    return min((size for size in found if size is not None), default=None)
+
+
+def _own_cgroups() -> Iterator[Path]:
+    """Folders of the control groups that limit this process's memory, from its own to the root; a
+    container sees its own as the root, whatever they are called."""
+    lines = OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else []
+    for line in (*lines, "0::/", "0:memory:/"):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = CGROUP / "memory" if controllers else CGROUP
+        own = top / path.strip("/")
+        yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(top))
+
+
+def _left_in(folder: Path) -> int | None:
+    """What the limit of a control group of version 2 or 1 leaves; None without one."""
+    for limit, usage, idle in CGROUP_FILES:
+        try:
+            most = (folder / limit).read_text().strip()
+            used = int((folder / usage).read_text())
+            words = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
+        except (OSError, ValueError):
+            continue
+        cached = sum(int(value) for name, value in words if name == idle)
+        return int(most) - used + cached if most.isdecimal() else None
+    return None
 
 
 def _count(entry: Mapping[str, Any]) -> int:

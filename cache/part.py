@@ -18,6 +18,7 @@ import xxhash
 from stillroom.cache import jsonfile
 from stillroom.cache.check_rows import NO_LIMIT, check_rows
 from stillroom.cache.errors import CorruptError, InputError, MismatchError, ShapeError
+from stillroom.cache.lists import list_column
 from stillroom.cache.parquet_bounds import check_bounds
 from stillroom.cache.parquet_seal import HASH_KEY, NO_HASH, check_seal, seal
 from stillroom.cache.schema import FORMAT_VERSION, PART_SCHEMA, USER_NAME, USER_PREFIX
@@ -159,6 +160,25 @@ def decode_rollout_ids(data: bytes, where: str) -> np.ndarray:
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         expected = "a Parquet file of rollouts"
         raise CorruptError(where, expected, str(error), "Restore the file.") from error
+
+
+def decode_row_lengths(data: bytes, where: str) -> np.ndarray:
+    """(rows,) int64: tokens that the teacher reads for each rollout of a part's bytes, whose hash
+    is verified: its own prompt where it has one, and the completion.
+
+    Raises:
+        CorruptError: they are not a part, or not as they were written.
+    """
+    names = ["prompt", "completion", "teacher_prompt"]
+    check_seal(data, where, "Restore the file.")
+    try:
+        check_bounds(data, METADATA_KEYS)
+        table = read_parquet(data, names)
+        prompt, completion, own = (list_column(table[name]).lengths for name in names)
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        expected = "a Parquet file of rollouts"
+        raise CorruptError(where, expected, str(error), "Restore the file.") from error
+    return np.asarray(np.where(own > 0, own, prompt) + completion)
 
 
 def read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:

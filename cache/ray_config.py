@@ -19,8 +19,8 @@ class RayConfig:
     num_gpus: float = 0.0
     """GPUs of a worker; >= 0."""
     address: str | None = None
-    """Of the cluster, as ray.init takes it; None is the one in RAY_ADDRESS, or else Ray is started
-    on this machine."""
+    """Of the cluster, as ray.init takes it; None is the one in RAY_ADDRESS, or one that was started
+    on this machine, or else Ray is started here. local always starts it here."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

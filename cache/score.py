@@ -7,6 +7,7 @@ deleted here.
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,16 +17,27 @@ from stillroom.cache.agreement import check_agreement
 from stillroom.cache.canary import CanaryCheck
 from stillroom.cache.check_rows import check_rows
 from stillroom.cache.claims import Claims
-from stillroom.cache.errors import InputError, NumericsError
+from stillroom.cache.errors import CorruptError, InputError, NumericsError, StillroomError
 from stillroom.cache.outlook import Outlook
 from stillroom.cache.part_arrays import part_arrays
 from stillroom.cache.progress import Progress
+from stillroom.cache.row_lengths import RowLengths
 from stillroom.cache.score_rows import score_columns, score_rows
 from stillroom.cache.shard_writer import ScoredBy
 from stillroom.cache.shared_work import SharedWork
 from stillroom.cache.store import Cache
-from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec, Teacher, stats_of
+from stillroom.cache.teacher import (
+    RowScores,
+    ScoreRow,
+    ScoreSpec,
+    Teacher,
+    longest_row_of,
+    stats_of,
+)
 from stillroom.cache.workers import ALONE, Worker
+
+PART_ERRORS = (CorruptError, InputError, NumericsError)
+"""Errors of one part, which say nothing about others."""
 
 
 @dataclass(slots=True)
@@ -36,6 +48,8 @@ class ScoreReport:
     """Parts committed by this run."""
     lost: list[str] = field(default_factory=list)
     """Parts that another scorer committed first."""
+    too_long: list[str] = field(default_factory=list)
+    """Parts that were left out: a row of theirs is longer than the teacher reads."""
     positions: int = 0
     """Scored tokens committed."""
     teacher_s: float = 0.0
@@ -57,6 +71,8 @@ class Scorer:
         accept_numerics: allow a numeric class that the cache has not seen.
         check_teacher: let it score the canary; one that stays in memory need not each time.
         worker: whose share of the parts comes first.
+        too_long: what becomes of parts with a row that is longer than the teacher reads, where it
+            tells: refuse (before the first part is scored) or skip.
     """
 
     def __init__(
@@ -67,14 +83,18 @@ class Scorer:
         accept_numerics: bool = False,
         check_teacher: bool = True,
         worker: Worker = ALONE,
+        too_long: str = "refuse",
     ) -> None:
         """Nothing is asked of the storage or the teacher yet."""
         self.cache = cache
         self.report = ScoreReport()
+        self.failed: dict[str, StillroomError] = {}
+        """Parts that cannot be scored, and why: they are left out from then on."""
         self.claims = Claims(cache.storage)
         self._teacher = teacher
         self._check = CanaryCheck(cache, teacher, accept_numerics) if check_teacher else None
         self._outlook = Outlook(teacher)
+        self._lengths = RowLengths(cache, longest_row_of(teacher), too_long)
         self._probed = False
         self._work = SharedWork(
             job="score",
@@ -96,6 +116,16 @@ class Scorer:
         if self._check is not None:
             self._check.if_due()
 
+    def fitting(self, parts: Sequence[str]) -> list[str]:
+        """Those of some parts that the teacher can read whole; the others are in the report.
+
+        Raises:
+            InputError: there are others, and they are not to be skipped.
+        """
+        fit = self._lengths.fitting(parts)
+        self.report.too_long = sorted(self._lengths.too_long)
+        return fit
+
     def score(self, parts: Sequence[str]) -> None:
         """Score parts. Those that others have claimed are left to them until nothing else is left
         to do; then this one waits, and takes over what they do not finish.
@@ -103,19 +133,26 @@ class Scorer:
         Raises:
             MismatchError: the teacher does not compute what the cache holds.
             NumericsError: it gave NaN or infinite logits; names the part and the row. Nothing of
-                the part is committed.
+                the part is committed, and all others were scored first.
+            InputError, CorruptError: a part cannot be scored or read; all others were scored first.
+                Or rows are too long, and nothing was scored.
         """
+        parts = self.fitting(parts)
         if parts:
             self.prepare()
             self._outlook.expect(parts)
             self._work.do_all(parts)
+            raise_first({p: self.failed[p] for p in parts if p in self.failed})
 
     def score_free(self, parts: Sequence[str]) -> list[str]:
-        """Score the parts that nobody else has claimed; returns those that somebody has.
+        """Score the parts that nobody else has claimed; returns those that somebody has. Parts that
+        cannot be scored are added to `failed`.
 
         Raises:
-            StillroomError: as `score`.
+            MismatchError: the teacher does not compute what the cache holds.
         """
+        if self._lengths.skips:
+            parts = self.fitting(parts)
         if not parts:
             return []
         self.prepare()
@@ -126,13 +163,17 @@ class Scorer:
         if self._check is not None:
             self._check.if_due()
         start, model_s = time.perf_counter(), self._model_s()
-        _score_part(self.cache, self._teacher, part, self.report, progress, self._outlook)
+        try:
+            _score_part(self.cache, self._teacher, part, self.report, progress, self._outlook)
+        except PART_ERRORS as error:
+            self.failed[part] = error
+            print(f"  score: {part} is left out: {error}", file=sys.stderr, flush=True)
         self.report.work_s += time.perf_counter() - start
         self.report.model_s += self._model_s() - model_s
         self._outlook.drop(part)
 
     def _is_left(self, part: str) -> bool:
-        is_left = self.cache.is_unscored(part)
+        is_left = part not in self.failed and self.cache.is_unscored(part)
         if not is_left:
             self._outlook.drop(part)
         return is_left
@@ -148,6 +189,7 @@ def score(
     accept_numerics: bool = False,
     check_teacher: bool = True,
     worker: Worker = ALONE,
+    too_long: str = "refuse",
 ) -> ScoreReport:
     """Score every part that has no shard: in the end every part is scored, by this scorer or
     another. See `Scorer` for the arguments.
@@ -161,9 +203,26 @@ def score(
         accept_numerics=accept_numerics,
         check_teacher=check_teacher,
         worker=worker,
+        too_long=too_long,
     )
     scorer.score(cache.unscored())
     return scorer.report
+
+
+def raise_first(failed: dict[str, StillroomError]) -> None:
+    """Raise why the first of some parts could not be scored, and how many there are.
+
+    Args:
+        failed: part to error; may be empty.
+
+    Raises:
+        StillroomError: the first error.
+    """
+    for error in failed.values():
+        if len(failed) == 1:
+            raise error
+        do = f"{error.do} In all {len(failed)} parts cannot be scored."
+        raise type(error)(error.where, error.expected, error.got, do) from error
 
 
 def _score_part(

@@ -90,6 +90,8 @@ class ServerRun:
         self._pending: deque[_Row] = deque()
         self._left = self._tokens_left = 0
         self._down: Stopwatch | None = None
+        self._down_s = 0.0
+        """Since a row was scored, all servers were aside for so long, before `_down`."""
         self._changed = asyncio.Condition()
         self._finished = asyncio.Event()
 
@@ -134,6 +136,8 @@ class ServerRun:
                 await self._leave_aside(server, Trouble(str(error), by_request=False))
                 continue
             server.state, server.trouble = "live", None
+            if self._down is not None:
+                self._down_s, self._down = self._down_s + self._down.elapsed_s(), None
             self._counts.servers += 1
             if not self._left:
                 self._finished.set()
@@ -186,7 +190,7 @@ class ServerRun:
             self._pending.appendleft(work)
         else:
             self._deliver((work.index, scores))
-            self._down, server.waits, server.warned = None, _waits(), False
+            self._down_s, server.waits, server.warned = 0.0, _waits(), False
             self._left, self._tokens_left = self._left - 1, self._tokens_left - work.tokens
             if not self._left:
                 self._finished.set()
@@ -225,7 +229,7 @@ class ServerRun:
         wait = next(server.waits)
         if all(s.state == "aside" for s in self._servers):
             self._down = self._down or Stopwatch()
-            patience = self._config.patience_s - self._down.elapsed_s()
+            patience = self._config.patience_s - self._down_s - self._down.elapsed_s()
             if patience <= 0:
                 raise self._nobody()
             wait = min(wait, patience)

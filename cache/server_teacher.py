@@ -52,6 +52,12 @@ class ServerTeacher:
         parts = ("server", self._protocol.name, self._known.version, self._config.dtype)
         return "-".join(part for part in parts if part)
 
+    @property
+    def longest_row(self) -> int | None:
+        """Tokens, prompt and completion, of the longest row that the servers read, as far as they
+        told it; None where none did."""
+        return self._known.longest_row
+
     def stats(self) -> dict[str, float]:
         """Requests made again so far; tokens that servers work on, and servers that answer, now."""
         counts = self._counts
@@ -93,7 +99,8 @@ class ServerTeacher:
         if most is not None and spec.topk > most:
             do = "Make the cache with a smaller --topk, or run a stock vLLM server."
             expected = f"at most {most} with the protocol {self._protocol.name}"
-            raise ConfigError("topk", expected, f"{spec.topk}", do)
+            got = f"{spec.topk}, with what an ensemble or a map of ids asks for beyond K"
+            raise ConfigError("topk", expected, got, do)
 
     def _results(
         self, rows: Sequence[ScoreRow], spec: ScoreSpec | None

@@ -65,7 +65,7 @@ class TrlProtocol:
         actual = _array(answer, "actual_logprobs_b64", FLOAT, (tokens, 1), where)[picked, 0]
         topk_id = _array(answer, "token_ids_b64", INT, (tokens, topk), where)[picked]
         topk_logprob = _array(answer, "logprobs_b64", FLOAT, (tokens, topk), where)[picked]
-        _refuse_unknown(topk_logprob, where)
+        _refuse_unknown(np.column_stack([actual, topk_logprob]), where)
         found = TopK(
             topk_id.astype(np.int64), topk_logprob.astype(np.float64), actual.astype(np.float64)
         )
@@ -86,12 +86,12 @@ def _array(
     return np.frombuffer(data, dtype).reshape(shape)
 
 
-def _refuse_unknown(topk_logprob: np.ndarray, where: str) -> None:
-    unknown = np.isneginf(topk_logprob).any(1)
+def _refuse_unknown(logprob: np.ndarray, where: str) -> None:
+    unknown = np.isneginf(logprob).any(1)
     if unknown.any():
         raise NumericsError(
             f"{where}, position {int(np.flatnonzero(unknown)[0])}",
-            "finite logprobs of the likeliest tokens",
+            "finite logprobs of the sampled token and the likeliest ones",
             "-inf, with which these servers stand for NaN and for what they do not have",
             "Check the server's weights and its dtype.",
         )

@@ -13,7 +13,6 @@ from stillroom.cache.workers import ALONE, Worker
 LOOK_AFTER_S = (2.0, 30.0)
 """Who waits looks again after the first, and then less and less often, down to the second."""
 FULL_LOOK_EVERY = 4
-"""Looks of which one asks for more than claims: whether the work is still to be done at all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +29,8 @@ class SharedWork:
     """Does a piece, and calls its second argument at each step forward."""
     worker: Worker = ALONE
     """Whose share comes first."""
+    full_look_every: int = FULL_LOOK_EVERY
+    """Looks of which one asks for more than claims: whether the work is still to be done at all."""
 
     def do_free(self, names: Sequence[str]) -> list[str]:
         """Do the pieces that nobody else has claimed; returns those that somebody has."""
@@ -55,7 +56,7 @@ class SharedWork:
         while left:
             time.sleep(next(waits))
             looks += 1
-            if looks % FULL_LOOK_EVERY == 0:
+            if looks % self.full_look_every == 0:
                 left = [name for name in left if self.is_left(name)]
             held = {name for name in left if self.claims.is_held(name)}
             free = [name for name in left if name not in held]

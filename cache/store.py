@@ -24,6 +24,7 @@ from stillroom.cache.part import (
     PartMeta,
     decode_part,
     decode_rollout_ids,
+    decode_row_lengths,
     encode_part,
     part_name,
 )
@@ -198,6 +199,16 @@ class Cache:
         """
         path = part_path(part)
         return decode_rollout_ids(self.storage.get(path), self.storage.describe(path))
+
+    def row_lengths(self, part: str) -> np.ndarray:
+        """(rows,) int64: tokens that the teacher reads for each of a part's rollouts.
+
+        Raises:
+            MissingError: there is no such part.
+            CorruptError: it cannot be read.
+        """
+        path = part_path(part)
+        return decode_row_lengths(self.storage.get(path), self.storage.describe(path))
 
     def commits(self) -> dict[str, int]:
         """Live commits: part to n."""

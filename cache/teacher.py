@@ -20,6 +20,9 @@ from stillroom.cache.vllm_config import VllmConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("transformers", "vllm", "server")
+MOST_MORE = 1024
+"""Entries that engines and servers are asked for beyond K, one for each id that only the teacher
+has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +52,8 @@ class TeacherConfig:
     server: ServerConfig = field(default_factory=ServerConfig)
     """Of the backend server."""
     weight: float = 1.0
-    """Share of this model where there is an ensemble; > 0. Only ratios count."""
+    """Share of this model where there is an ensemble; > 0. Only ratios count, of the decimals as
+    they are written."""
     ensemble: tuple[Member, ...] = ()
     """Further models with the same tokenizer: the teacher is then the mixture of all of their
     probabilities. Backend, dtype and all other settings are shared."""
@@ -90,6 +94,9 @@ class TeacherConfig:
             got, do = f"{self.ensemble_topk}", "Raise it."
             raise ConfigError("teacher.ensemble_topk", "at least 1", got, do)
         for member in self.ensemble:
+            if member.served_model is not None and self.backend != "server":
+                got, do = f"{member.served_model} of {member.model}", "Leave it out."
+                raise ConfigError("teacher.ensemble, served_model", "the backend server", got, do)
             if bool(member.urls) != (self.backend == "server"):
                 expected = "servers of each member with the backend server, and none otherwise"
                 got, do = f"{len(member.urls)} of {member.model}", "Change the setting."
@@ -103,7 +110,7 @@ class TeacherConfig:
                 alone,
                 model=member.model,
                 revision=member.revision,
-                server=replace(self.server, urls=member.urls),
+                server=replace(self.server, urls=member.urls, model=member.served_model),
             )
             for member in self.ensemble
         ]
@@ -155,8 +162,8 @@ class RowScores:
     topk_count: np.ndarray
     """(p,) uint16: entries that are used, 1 to K; they come first."""
     tail_logprob: np.ndarray
-    """(p,) float16, nats: log of the probability outside the used entries, summed before rounding;
-    -inf if they are all."""
+    """(p,) float16, nats: log of the probability outside the used entries, as exact as the engine
+    tells it; -inf if they are all, or if it told nothing of the rest."""
     sampled_logprob: np.ndarray
     """(p,) float32, nats."""
     extra_id: np.ndarray | None = None
@@ -198,6 +205,16 @@ def stats_of(teacher: Teacher) -> dict[str, float]:
     return {} if tell is None else dict(tell())
 
 
+def longest_row_of(teacher: Teacher) -> int | None:
+    """Tokens of the longest row that a teacher reads, prompt and completion; None where it does not
+    tell.
+
+    An engine may have a property `longest_row`; it should where it may read less than its model.
+    """
+    longest: int | None = getattr(teacher, "longest_row", None)
+    return longest
+
+
 def identity_of(
     files: ModelFiles,
     config: TeacherConfig,
@@ -220,6 +237,7 @@ def identity_of(
         MismatchError: the map is to another teacher's ids.
     """
     _check_extra(config, spec, id_map)
+    _check_more(config, id_map)
     if id_map is not None and id_map.teacher_tokenizer != files.tokenizer_fingerprint:
         expected = f"the tokenizer that ids are mapped to ({id_map.teacher_tokenizer})"
         do = "Use the teacher that the cache was made with, with its tokenizer."
@@ -270,3 +288,12 @@ def _check_extra(config: TeacherConfig, spec: ScoreSpec, id_map: IdMap | None) -
     if spec.extra_kind != "none" and config.ensemble and config.backend != "transformers":
         got, do = f"the backend {config.backend}", "Leave extra ids out, or run the members here."
         raise ConfigError("extra_kind", "none, or an ensemble of transformers", got, do)
+
+
+def _check_more(config: TeacherConfig, id_map: IdMap | None) -> None:
+    """Refuse a backend that would have to list too many ids that only the teacher has."""
+    more = 0 if id_map is None else len(id_map.teacher_only)
+    if more > MOST_MORE and config.backend != "transformers":
+        got = f"the backend {config.backend}, and {more} ids that only the teacher has"
+        do = "Run the teacher with the backend transformers, which gives its whole vocabulary."
+        raise ConfigError("teacher.backend", f"at most {MOST_MORE} of them", got, do)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from stillroom.cache.errors import InputError
+from stillroom.cache.errors import ConfigError, InputError, StillroomError
 from stillroom.cache.fingerprint import ModelFiles
 from stillroom.cache.vllm_config import VllmConfig
 from stillroom.cache.vllm_logprobs import TokenLogprobs
@@ -18,6 +18,9 @@ from stillroom.cache.vllm_start import cause, device_kind, import_vllm, pooling,
 
 ARRAYS_IN = "0.32."
 """vLLM versions in which prompt logprobs can be had as arrays; elsewhere they come as lists."""
+RESETS, PAUSE_S = 100, 0.05
+"""How often an engine is asked to forget its prefixes, and seconds between: steps that were under
+way when their requests were dropped hold some of them until they end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +77,21 @@ class VllmEngine:
         self._as_arrays = as_arrays and vllm.__version__.startswith(ARRAYS_IN)
         self._kept: dict[str, list[Any]] = {}
         self._number = 0
-        self._half_loaded = ""
+        self._lost: StillroomError | None = None
         self.model_s = 0.0
         """Seconds that the engine worked."""
         self.tokens_in_flight = 0
         """Of the requests that it knows of."""
         kind = device_kind(device)
-        self.numeric_class = f"vllm-{vllm.__version__}-{dtype}-{kind}"
-        """Engine, version, dtype and device."""
+        hidden = "-hidden" if pools else ""
+        self.numeric_class = f"vllm-{vllm.__version__}-{dtype}-{kind}{config.numerics}{hidden}"
+        """Engine, version, dtype and device, quantisation if it is set, and what it gives."""
         self._pools = pools
         settings = {**(default or {}), **config.engine_args}
         fixed = {"dtype": dtype, "generation_config": "vllm", **(own or {})}
         self._engine = start(vllm, files, settings, fixed | (pooling() if pools else {}))
-        if vllm.envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+        self._is_apart = bool(vllm.envs.VLLM_ENABLE_V1_MULTIPROCESSING)
+        if self._is_apart:
             weakref.finalize(self, self._engine.engine_core.shutdown)
 
     @property
@@ -105,18 +110,21 @@ class VllmEngine:
 
         Requests are taken while those in the engine are within the tokens of the settings; what is
         in it when the caller stops listening is dropped.
+
+        Raises:
+            InputError: vLLM refuses a request; names it.
+            ConfigError: the engine failed, names the requests in it; or did so before.
         """
-        if self._half_loaded:
-            do = "Start the engine again."
-            raise InputError(self._half_loaded, "weights that were loaded whole", "a part", do)
+        if self._lost is not None:
+            raise self._lost
         waiting, flying = iter(requests), dict[str, VllmRequest]()
         following = next(waiting, None)
         try:
             while following is not None or flying:
                 while following and (not flying or self._has_room(following)):
-                    flying[self._add(following)] = following
+                    flying[self._add(following, flying)] = following
                     following = next(waiting, None)
-                for output in self._step():
+                for output in self._step(flying):
                     if output.finished:
                         request = flying.pop(output.request_id)
                         self.tokens_in_flight -= request.tokens
@@ -129,31 +137,73 @@ class VllmEngine:
         to check.
 
         Raises:
-            InputError: they cannot be loaded; the engine is of no use any more.
+            InputError: there are requests in it, which it goes on with; or the weights cannot be
+                loaded, and the engine is of no use any more.
         """
+        if self.tokens_in_flight:
+            got, do = f"{self.tokens_in_flight} tokens", "Take or close their answers first."
+            raise InputError(str(folder), "an engine without requests", got, do)
         try:
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+            has_forgotten = self._forget_prefixes()
         except Exception as error:
-            self._half_loaded = str(folder)
             do = "Save the model again, and start the engine again."
-            raise InputError(str(folder), "weights that vLLM loads", cause(error), do) from error
-        self._engine.reset_prefix_cache()
+            self._lost = InputError(str(folder), "weights that vLLM loads", cause(error), do)
+            raise self._lost from error
+        if not has_forgotten:
+            expected, do = "an engine that forgets what old weights made", "Start the engine again."
+            self._lost = InputError(str(folder), expected, "one that keeps cached prefixes", do)
+            raise self._lost
+
+    def _forget_prefixes(self) -> bool:
+        """Whether they are forgotten in the end."""
+        for _ in range(RESETS):
+            if self._engine.reset_prefix_cache():
+                return True
+            if self._is_apart:
+                time.sleep(PAUSE_S)
+            else:
+                self._engine.step()
+        return False
 
     def _has_room(self, request: VllmRequest) -> bool:
         return self.tokens_in_flight + request.tokens <= self._window
 
-    def _step(self) -> list[Any]:
+    def _step(self, flying: Mapping[str, VllmRequest]) -> list[Any]:
         began = time.perf_counter()
-        outputs: list[Any] = self._engine.step()
+        try:
+            outputs: list[Any] = self._engine.step()
+        except Exception as error:
+            raise self._failed(flying.values(), error) from error
         self.model_s += time.perf_counter() - began
         return outputs
 
-    def _add(self, request: VllmRequest) -> str:
+    def _failed(self, flying: Iterable[VllmRequest], error: Exception) -> StillroomError:
+        """The engine is of no use any more."""
+        index = sorted(request.index for request in flying)
+        expected = f"answers to {len(index)} requests, {index[0]} to {index[-1]}, "
+        expected += f"of {self.tokens_in_flight} tokens"
+        do = (
+            "vLLM's own lines above say more. If memory ran out, lower max_num_batched_tokens or "
+            "gpu_memory_utilization in vllm.engine_args, or vllm.max_tokens_in_flight. Run the "
+            "job again."
+        )
+        got = f"{type(error).__name__}: {cause(error)}"
+        self._lost = ConfigError("the vLLM engine", expected, got, do)
+        return self._lost
+
+    def _add(self, request: VllmRequest, flying: Mapping[str, VllmRequest]) -> str:
         self._number += 1
         name = f"stillroom-{self._number}"
         prompt = {"type": "token", "prompt_token_ids": request.token.tolist()}
-        params = _params(request.params, pools=self._pools)
-        inside = self._engine.add_request(name, prompt, params)
+        try:
+            params = _params(request.params, pools=self._pools)
+            inside = self._engine.add_request(name, prompt, params)
+        except ValueError as error:
+            expected, do = "a request that vLLM takes", "vLLM's own lines above say more."
+            raise InputError(f"request {request.index}", expected, cause(error), do) from error
+        except Exception as error:
+            raise self._failed([*flying.values(), request], error) from error
         if self._as_arrays and request.params.get("prompt_logprobs") is not None:
             # vLLM would make a Python number of each id, logprob and rank: its own step for that
             # is replaced, in this request only, by one that keeps the tensors as they came.
@@ -176,7 +226,7 @@ class VllmEngine:
         self.tokens_in_flight -= sum(request.tokens for request in flying.values())
         for name in flying:
             self._kept.pop(name, None)
-        if flying:
+        if flying and self._lost is None:
             self._engine.abort_request(list(flying))
 
 

@@ -16,6 +16,9 @@ from stillroom.cache.causal_lm import HEAD_TOLERANCE, PROBE_TOKENS, head_logits
 from stillroom.cache.errors import InputError, first_line
 from stillroom.cache.fingerprint import ModelFiles, tensors_of
 
+PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+"""What a head is stored in; others need a scale beside them."""
+
 
 class OutputHead:
     """The head of a model whose folder was inspected.
@@ -78,8 +81,12 @@ def _stored(model: Any, head: torch.nn.Module, name: str, files: ModelFiles) -> 
         raise _unusable(files, f"no tensor {own}")
     with safe_open(stored[found][0], framework="pt") as file:
         tensor: torch.Tensor = file.get_tensor(found)
-    if not tensor.is_floating_point():
+    if tensor.dtype not in PLAIN:
         raise _unusable(files, f"{found} of {tensor.dtype}")
+    module = found.removesuffix(name)
+    scale = next((n for n in stored if n.startswith(module) and "scale" in n[len(module) :]), None)
+    if scale is not None:
+        raise _unusable(files, f"{found} with {scale}")
     return tensor
 
 
@@ -106,5 +113,5 @@ def _check_whole(model: Any, head: torch.nn.Linear, files: ModelFiles) -> None:
 
 def _unusable(files: ModelFiles, got: str) -> InputError:
     expected = "an output head that is one matrix, a scale and a soft-cap, stored as plain numbers"
-    do = "Leave teacher.exact_tail out, or take the backend transformers."
+    do = "Take the backend transformers, or leave teacher.exact_tail out if it is set."
     return InputError(str(files.folder), expected, got, do)

@@ -71,7 +71,9 @@ def score_row(found: TokenLogprobs, row: ScoreRow, spec: ScoreSpec, where: str) 
         raise _wrong(where, expected, f"one of token {token_id[other[0], 0]}")
     if token_id.min() < 0:
         raise _wrong(where, "ids of tokens", f"{token_id.min()}")
-    return scores_from_topk(token_id[:, 1:], logprob[:, 1:], logprob[:, 0], spec, where)
+    return scores_from_topk(
+        token_id[:, 1:], logprob[:, 1:], token_id[:, 0], logprob[:, 0], spec, where
+    )
 
 
 def extra_request(row: ScoreRow) -> tuple[np.ndarray, int]:
@@ -91,7 +93,7 @@ def extra_request(row: ScoreRow) -> tuple[np.ndarray, int]:
 
 
 def with_extra(scores: RowScores, found: Any, row: ScoreRow, where: str) -> RowScores:
-    """Scores with those of the row's extra ids.
+    """Scores with those of the row's extra ids; the tail is at least what is known to be in it.
 
     Args:
         scores: without.
@@ -113,7 +115,23 @@ def with_extra(scores: RowScores, found: Any, row: ScoreRow, where: str) -> RowS
         raise _wrong(where, "finite logprobs of the extra ids", "NaN")
     with np.errstate(over="ignore"):
         half = np.minimum(logprob, 0).astype(np.float16)
-    return replace(scores, extra_logprob=half)
+    return replace(scores, extra_logprob=half, tail_logprob=_tail_with(scores, half, row))
+
+
+def _tail_with(scores: RowScores, extra_logprob: np.ndarray, row: ScoreRow) -> np.ndarray:
+    """(p,) float16: the tail, or the log of the probability of the tokens in it whose own is known
+    where that is more: the sampled one and the extra ones, each once."""
+    assert row.extra_id is not None
+    ids = np.concatenate([row.token[row.targets, None], row.extra_id], 1)
+    own = np.concatenate([scores.sampled_logprob[:, None], extra_logprob], 1, dtype=np.float64)
+    for column, token_id in enumerate(ids.T):
+        listed = (scores.topk_id == token_id[:, None]).any(1)
+        again = (ids[:, :column] == token_id[:, None]).any(1)
+        own[listed | again, column] = -np.inf
+    with np.errstate(over="ignore"):
+        known = np.logaddexp.reduce(own, axis=1).astype(np.float16)
+    tail: np.ndarray = np.maximum(scores.tail_logprob, known)
+    return tail
 
 
 def _wrong(where: str, expected: str, got: str) -> NumericsError:

@@ -87,7 +87,8 @@ def start(vllm: Any, files: ModelFiles, settings: dict[str, Any], fixed: dict[st
     except (ValueError, TypeError, RuntimeError, OSError, AssertionError, MemoryError) as error:
         do = (
             "vLLM's own lines above say more. Change vllm.engine_args: max_model_len (longest "
-            "sequence), gpu_memory_utilization or kv_cache_memory_bytes, tensor_parallel_size, "
+            "sequence), max_num_batched_tokens (not below it where enable_chunked_prefill is "
+            "false), gpu_memory_utilization or kv_cache_memory_bytes, tensor_parallel_size, "
             "quantization."
         )
         expected = f"a model that vLLM {vllm.__version__} runs with {settings}"

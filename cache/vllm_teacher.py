@@ -64,6 +64,12 @@ class VllmTeacher:
         """Engine, version, dtype and device."""
         return self._engine.numeric_class
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row that the model and the engine read."""
+        spare = 0 if self._head is not None else 1
+        return min(self._files.max_length, self._engine.max_model_len - spare)
+
     def stats(self) -> dict[str, float]:
         """What the engine did so far; see `teacher.stats_of`."""
         in_flight = float(self._engine.tokens_in_flight)
@@ -94,8 +100,7 @@ class VllmTeacher:
             raise _needs_exact("no extra ids", got)
 
     def _check_lengths(self, rows: Sequence[ScoreRow]) -> None:
-        spare = 0 if self._head is not None else 1
-        longest = min(self._files.max_length, self._engine.max_model_len - spare)
+        longest = self.longest_row
         for index, row in enumerate(rows):
             if len(row.token) > longest:
                 expected, got = f"at most {longest} tokens", f"{len(row.token)} tokens"

@@ -62,25 +62,26 @@ def find_worker(rank: int | None, world_size: int | None, environ: Mapping[str, 
             differ, or a variable that is no number.
     """
     size = _number(environ, WORLD_SIZE) if world_size is None else world_size
+    where = WORLD_SIZE if world_size is None else "world_size"
     if rank is not None:
         return Worker(rank=rank, world_size=_known(size, "rank"))
     for rank_variable, size_variable in LAUNCHERS:
         found = _number(environ, rank_variable)
         told = None if size_variable is None else _number(environ, size_variable)
         if found is not None:
-            return _launched(rank_variable, found, told, size)
+            return _launched(rank_variable, found, told, size, where)
         if told is not None and size_variable == "WORLD_SIZE":
             raise ConfigError(size_variable, "RANK beside it", "none", "Set both, or neither.")
     if size in (None, 1):
         return ALONE
     do = "Give --rank, or start the workers with torchrun, srun or an indexed Kubernetes Job."
-    raise ConfigError("world_size", f"a rank, for {size} workers", "none", do)
+    raise ConfigError(where, f"a rank, for {size} workers", "none", do)
 
 
-def _launched(variable: str, rank: int, told: int | None, size: int | None) -> Worker:
+def _launched(variable: str, rank: int, told: int | None, size: int | None, where: str) -> Worker:
     if told is not None and size is not None and told != size:
-        do = "Leave out --world-size, or give --rank too."
-        raise ConfigError("world_size", f"{told}, as {variable} comes with", f"{size}", do)
+        do = "Leave it out, or give --rank too."
+        raise ConfigError(where, f"{told}, as {variable} comes with", f"{size}", do)
     if variable == "SLURM_PROCID" and rank == 0 and told is None and size is None:
         return ALONE  # a batch script that starts no tasks
     return Worker(rank=rank, world_size=_known(size if told is None else told, variable))

@@ -26,7 +26,6 @@ from stillroom.replay.cycle import Cycle, Unit
 from stillroom.replay.prompts import Prompt
 from stillroom.replay.sampler import Sampled, StudentSampler
 
-
 STALLED_AFTER_S = HOUR_S
 """A sampler that finishes no rollout for so long loses its claim: the longest take many steps."""
 
@@ -112,14 +111,26 @@ class UnitSampler:
         Raises:
             InputError: a unit's prompt is not among the cycle's.
         """
-        work = SharedWork(
+        self._work(worker).do_all(parts)
+
+    def sample_free(self, parts: Sequence[str]) -> list[str]:
+        """Sample the units that nobody else has claimed; returns the parts of those that somebody
+        has.
+
+        Raises:
+            InputError: a unit's prompt is not among the cycle's.
+        """
+        return self._work(ALONE).do_free(parts)
+
+    def _work(self, worker: Worker) -> SharedWork:
+        return SharedWork(
             job="roll out",
             claims=Claims(self._cache.storage, STALLED_AFTER_S),
             is_left=self._is_missing,
             do=self._sample,
             worker=worker,
+            full_look_every=1,  # a claim may be that of the part's scorer
         )
-        work.do_all(parts)
 
     def _is_missing(self, part: str) -> bool:
         unit = self._units[part]

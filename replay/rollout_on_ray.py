@@ -61,9 +61,12 @@ def _make_sampler(root: str, cycle_name: str, load: Callable[[], StudentSampler]
     return partial(_sample_one, UnitSampler(cache, load_cycle(cache, cycle_name), load()))
 
 
-def _sample_one(sampler: UnitSampler, part: str) -> Outcome:
+def _sample_one(sampler: UnitSampler, part: str, waits: bool) -> Outcome | None:
     added, before = len(sampler.report.added), _figures(sampler.report)
-    sampler.sample([part])
+    if waits:
+        sampler.sample([part])
+    elif sampler.sample_free([part]):
+        return None
     more = {name: value - before[name] for name, value in _figures(sampler.report).items()}
     return {"part": part, "added": len(sampler.report.added) > added, **more}
 

@@ -1,8 +1,8 @@
 """The command line: which command runs what, and what the exit status says.
 
-0 is clean, 1 is what `verify` or `doctor` found, 2 is an error or wrong usage, 130 an interrupt,
-141 a reader that went away. Nothing here or in a looking command imports torch, and `--help`
-imports none of the model libraries.
+0 is clean, 1 is what `verify` or `doctor` found or what `score` left out, 2 is an error or wrong
+usage, 130 an interrupt, 141 a reader that went away. Nothing here or in a looking command imports
+torch, and `--help` imports none of the model libraries.
 """
 
 import difflib
@@ -142,6 +142,6 @@ def _overview() -> str:
             *lines,
             "",
             f"'{PROG} COMMAND --help' lists its flags; '{PROG} --version' says the version.",
-            "Exit status: 0 clean, 1 found by verify or doctor, 2 error.",
+            "Exit status: 0 clean, 1 found by verify or doctor, or left out by score, 2 error.",
         ]
     )

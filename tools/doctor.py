@@ -13,6 +13,7 @@ from stillroom.tools.doctor_cache import check_claims, check_identity
 from stillroom.tools.doctor_finding import Finding
 from stillroom.tools.doctor_local import check_folder, leaving_no_folder
 from stillroom.tools.doctor_storage import Trial
+from stillroom.tools.ending import ends_when_told
 from stillroom.tools.render import print_json, print_table
 
 
@@ -36,7 +37,8 @@ class Doctor:
 
 def run_doctor(job: Doctor) -> int:
     """`stillroom doctor`."""
-    found = examine(job.root, job.size_mb * 1_000_000)
+    with ends_when_told():
+        found = examine(job.root, job.size_mb * 1_000_000)
     if job.json:
         print_json(as_json(job.root, found))
     else:

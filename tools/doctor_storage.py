@@ -37,25 +37,33 @@ class Trial:
         self._keys: list[str] = []
 
     def run(self, size_bytes: int) -> list[Finding]:
-        """Everything in turn; without the right to write, nothing but the first.
+        """Everything in turn; without the right to write, nothing but the first. What was put is
+        deleted also where it is interrupted.
 
         Args:
             size_bytes: of the large object that is timed.
         """
+        found: list[Finding] = []
         try:
-            found = [self._refuses()]
-            if found[0].level != "bad":
-                found += [
-                    self._overwrites(),
-                    self._clock(),
-                    *self._small(),
-                    self._large(size_bytes),
-                ]
+            found += self._tries(size_bytes)
         except StillroomError as error:
-            found = [failed("writing", error)]
-        if self._keys:
-            found.append(self._deletes())
+            found.append(failed("writing", error))
+        finally:
+            if self._keys:
+                found.append(self._deletes())
         return found
+
+    def _tries(self, size_bytes: int) -> list[Finding]:
+        first = self._refuses()
+        if first.level == "bad":
+            return [first]
+        return [
+            first,
+            self._overwrites(),
+            self._clock(),
+            *self._small(),
+            self._large(size_bytes),
+        ]
 
     def _key(self) -> str:
         self._keys.append(f"probe/{uuid.uuid4().hex}")
@@ -149,11 +157,14 @@ class Trial:
 
     def _deletes(self) -> Finding:
         what = "deleting, for gc"
-        try:
-            for key in self._keys:
+        refused: list[StillroomError] = []
+        for key in self._keys:
+            try:
                 self.storage.delete(key)
-        except StillroomError as error:
-            left = f"{len(self._keys)} objects below probe/ stay: {error.got}"
+            except StillroomError as error:
+                refused.append(error)
+        if refused:
+            left = f"{len(refused)} objects below probe/ stay: {refused[0].got}"
             do = "Only 'stillroom gc' needs the right to delete; it removes them too."
             return Finding(level="warning", what=what, got=left, do=do)
         return Finding(level="ok", what=what, got="what was tried is removed again")

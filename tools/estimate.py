@@ -1,17 +1,21 @@
 """`stillroom estimate`: positions, bytes, requests and teacher time of a scoring job before any of
 them is spent. Nothing is written."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
+from tyro.conf import Suppress
 
 from stillroom.cache.errors import ConfigError
 from stillroom.cache.identity import Identity
 from stillroom.cache.load_teacher import inspect_teacher, load_teacher
 from stillroom.cache.progress import duration
-from stillroom.cache.storage import Storage
+from stillroom.cache.ray_config import RayConfig
+from stillroom.cache.storage import Storage, local_path
 from stillroom.cache.store import IDENTITY_PATH, Cache
+from stillroom.cache.teacher import ScoreSpec, Teacher, longest_row_of
 from stillroom.tools.estimate_costs import Estimate, estimate
 from stillroom.tools.estimate_trial import TRIALS, try_teacher
 from stillroom.tools.estimate_work import (
@@ -19,6 +23,7 @@ from stillroom.tools.estimate_work import (
     Work,
     as_rollouts,
     count_planned,
+    count_table,
     count_unscored,
 )
 from stillroom.tools.jobs import RolloutJob, ScoreJob
@@ -33,8 +38,16 @@ TABLES = 4
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EstimateJob(ScoreJob):
     """Say what a scoring job takes before it runs: positions, bytes, requests and teacher time. The
-    settings are those of `score`; nothing is written."""
+    settings are those of `score`; nothing is written. What says how `score` runs may stand in the
+    file and changes nothing: accept_numerics, rank, world_size, watch, watch_s, engine and ray."""
 
+    accept_numerics: Annotated[bool, Suppress] = False
+    rank: Annotated[int | None, Suppress] = None
+    world_size: Annotated[int | None, Suppress] = None
+    watch: Annotated[bool, Suppress] = False
+    watch_s: Annotated[float, Suppress] = 30.0
+    engine: Annotated[str, Suppress] = "local"
+    ray: Annotated[RayConfig, Suppress] = field(default_factory=RayConfig)
     rollout: str | None = None
     """YAML file of a rollout job that runs before: what it samples, with completions as long as
     they may be, is counted too."""
@@ -65,25 +78,52 @@ def run_estimate(job: EstimateJob) -> int:
 
 
 def _estimate(job: EstimateJob) -> Estimate:
-    cache = Cache.open(job.root) if Storage(job.root).exists(IDENTITY_PATH) else None
+    is_there = job.again is not None or Storage(job.root).exists(IDENTITY_PATH)
+    cache = Cache.open(job.root) if is_there else None
     if cache is None:
         files, id_map = inspect_teacher(job.teacher), None
         identity = new_identity(job, files)
     else:
         files, id_map = teacher_of(job, cache)
         identity = cache.identity
-    counted = Counted() if cache is None else count_unscored(cache, job.count_parts, TABLES)
+    counted = Counted()
+    if cache is not None:
+        counted = count_unscored(cache, job.count_parts, TABLES, job.again)
     planned = Work()
     prompts: list[np.ndarray] = []
     if job.rollout is not None:
-        planning = load_yaml(RolloutJob, job.rollout)
+        planning = _rollout_job(job.rollout, job.root)
         planned, prompts = count_planned(cache, identity, planning, files)
     tables, trial_on = _trial_rows(cache, identity, counted, as_rollouts(prompts))
     trial = None
     if job.trial_rows and tables:
-        teacher = load_teacher(files, job.teacher, id_map)
-        trial = try_teacher(teacher, tables, identity, job.trial_rows)
+        teacher = load_teacher(files, job.teacher, id_map, ScoreSpec.of(identity))
+        if job.too_long == "skip":
+            tables = _readable(tables, teacher, identity)
+        trial = try_teacher(teacher, tables, identity, job.trial_rows) if tables else None
     return estimate(cache, counted.work, planned, trial, "" if trial is None else trial_on)
+
+
+def _rollout_job(path: str, root: str) -> RolloutJob:
+    job: RolloutJob = load_yaml(RolloutJob, path)
+    theirs, ours = (_place(each) for each in (job.root, root))
+    if theirs != ours:
+        do = "Name the same cache in both."
+        raise ConfigError(f"{path}, key 'root'", f"the root {root}", job.root, do)
+    return job
+
+
+def _place(root: str) -> str:
+    storage = Storage(root)
+    return str(local_path(storage.root).resolve()) if storage.is_local else root.rstrip("/")
+
+
+def _readable(tables: list[pa.Table], teacher: Teacher, identity: Identity) -> list[pa.Table]:
+    """Those of which the teacher can read every row."""
+    longest = longest_row_of(teacher)
+    if longest is None:
+        return tables
+    return [t for t in tables if count_table(t, identity).longest_tokens <= longest]
 
 
 def _trial_rows(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from stillroom.cache.errors import MissingError
 from stillroom.cache.fill_rollouts import fill_rollouts, name_rollouts
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.identity import Identity
@@ -14,7 +15,12 @@ from stillroom.cache.part_arrays import part_arrays
 from stillroom.cache.schema import PART_SCHEMA
 from stillroom.cache.store import Cache, part_path
 from stillroom.replay.cycle import has_cycle, load_cycle
-from stillroom.replay.policies import newest_kept
+from stillroom.replay.policies import (
+    check_student,
+    newest_kept,
+    open_policy,
+    policy_versions,
+)
 from stillroom.replay.prompts import load_prompts
 from stillroom.replay.refresh import cycle_name
 from stillroom.tools.jobs import RolloutJob
@@ -55,15 +61,24 @@ class Counted:
     """Rollouts of parts that were read."""
 
 
-def count_unscored(cache: Cache, most_parts: int, most_tables: int) -> Counted:
+def count_unscored(
+    cache: Cache, most_parts: int, most_tables: int, again: str | None = None
+) -> Counted:
     """Count the parts that are to be scored.
 
     Args:
         cache: the cache; only read.
         most_parts: parts to read whole, spread over all; the others' figures go by their bytes.
         most_tables: of those, how many to keep for a trial.
+        again: a part that is scored, and will be once more.
+
+    Raises:
+        MissingError: that one is not scored.
     """
     unscored = cache.unscored()
+    if again is not None:
+        cache.commit_of(again)
+        unscored = sorted({*unscored, again} - cache.retired())
     sizes = {e.path: e.size_bytes for e in cache.storage.list("rollouts")}
     size_of = {part: sizes.get(part_path(part), 0) for part in unscored}
     chosen = _spread(unscored, most_parts)
@@ -104,40 +119,40 @@ def count_table(table: pa.Table, identity: Identity) -> Work:
     )
 
 
-def some_scored(cache: Cache, most: int) -> list[pa.Table]:
-    """Rollouts of parts that are scored already, where none is to be: a trial may take those."""
-    tables = []
-    for part in cache.parts()[-most:]:
-        table, _, _ = cache.read_part(part)
-        tables.append(table)
-    return tables
-
-
 def count_planned(
     cache: Cache | None, identity: Identity, job: RolloutJob, teacher: ModelFiles
 ) -> tuple[Work, list[np.ndarray]]:
-    """Count what a rollout job will still sample, with completions as long as they may be.
+    """Count what a rollout job will still sample, with completions as long as they may be. A stored
+    plan has its own number of samples and their length.
 
     Args:
         cache: the cache, if there is one yet.
         identity: its identity, or the one that it will have.
         job: the rollout job.
-        teacher: whose tokenizer renders the prompts where no student is named.
+        teacher: whose tokenizer renders the prompts where no student is known yet.
 
     Returns:
         The work, at most; and the prompts' token ids.
+
+    Raises:
+        MismatchError: the job's student does not have the cache's tokens.
+        MissingError: ids are mapped, and no student is known.
     """
-    samples, longest = job.sampler.samples_per_prompt, job.sampler.max_new_tokens
-    units = [prompts for _, prompts in _planned_units(cache, identity, job, teacher)]
-    lengths = [len(prompt) for prompts in units for prompt in prompts]
-    work = Work(
-        parts=len(units),
-        rollouts=len(lengths) * samples,
-        positions=len(lengths) * samples * longest,
-        tokens=(sum(lengths) + len(lengths) * longest) * samples,
-        longest_tokens=max(lengths, default=0) + longest if lengths else 0,
-    )
-    return work, [prompt for prompts in units for prompt in prompts]
+    total, prompts = Work(), []
+    for unit in _planned_units(cache, identity, job, teacher):
+        lengths = [len(prompt) for prompt in unit.prompts]
+        rollouts = len(lengths) * unit.samples
+        total.add(
+            Work(
+                parts=1,
+                rollouts=rollouts,
+                positions=rollouts * unit.longest,
+                tokens=sum(lengths) * unit.samples + rollouts * unit.longest,
+                longest_tokens=max(lengths) + unit.longest,
+            )
+        )
+        prompts += unit.prompts
+    return total, prompts
 
 
 def as_rollouts(prompts: Sequence[np.ndarray]) -> pa.Table:
@@ -148,10 +163,21 @@ def as_rollouts(prompts: Sequence[np.ndarray]) -> pa.Table:
     return name_rollouts(fill_rollouts(pa.Table.from_pylist(rows, kept), None), PROMPTS_UNIT)
 
 
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A unit without a part."""
+
+    prompts: list[np.ndarray]
+    samples: int
+    """Of each prompt."""
+    longest: int
+    """Tokens of a completion, at most."""
+
+
 def _planned_units(
     cache: Cache | None, identity: Identity, job: RolloutJob, teacher: ModelFiles
-) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Units without a part, and their prompts: of the stored plan if there is one."""
+) -> Iterator[_Planned]:
+    """Units without a part: of the stored plan if there is one."""
     version = _version(cache, job)
     name = cycle_name(version)
     if cache is not None and has_cycle(cache, name):
@@ -159,17 +185,37 @@ def _planned_units(
         by_id = {prompt.id: prompt.token for prompt in cycle.prompts}
         for unit in cycle.units:
             if not cache.has_part(unit.policy_version, unit.id):
-                yield unit.id, [by_id[i] for i in unit.prompt_ids]
+                samples, longest = (
+                    int(unit.sampler[key]) for key in ("samples_per_prompt", "max_new_tokens")
+                )
+                yield _Planned([by_id[i] for i in unit.prompt_ids], samples, longest)
         return
     from transformers import AutoTokenizer
 
-    files = teacher if job.student is None else inspect_model(job.student)
-    room = min(files.max_length, identity.max_length) - job.sampler.max_new_tokens
+    files = _student(cache, identity, job, version) or teacher
+    samples, longest = job.sampler.samples_per_prompt, job.sampler.max_new_tokens
+    room = min(files.max_length, identity.max_length) - longest
     tokenizer = AutoTokenizer.from_pretrained(files.folder)
     prompts = load_prompts(job.prompts, tokenizer, room).prompts[: job.refresh.prompts_per_cycle]
-    size = max(1, job.refresh.unit_rollouts // job.sampler.samples_per_prompt)
+    size = max(1, job.refresh.unit_rollouts // samples)
     for start in range(0, len(prompts), size):
-        yield f"{start}", [prompt.token for prompt in prompts[start : start + size]]
+        yield _Planned([p.token for p in prompts[start : start + size]], samples, longest)
+
+
+def _student(
+    cache: Cache | None, identity: Identity, job: RolloutJob, version: int
+) -> ModelFiles | None:
+    """Who will sample; None where nobody is named yet."""
+    named = None if job.student is None else inspect_model(job.student)
+    if named is not None:
+        fingerprint, vocab_size = identity.tokenizer_fingerprint, identity.vocab_size
+        check_student(named, fingerprint, vocab_size, identity.teacher.name)
+    if cache is not None and policy_versions(cache.storage):
+        return open_policy(cache.storage, version, named)
+    if named is None and identity.id_map:
+        do = "Name the student in the rollout job: the teacher's ids are others."
+        raise MissingError("estimate --rollout", "a student", "none, and a map of ids", do)
+    return named
 
 
 def _version(cache: Cache | None, job: RolloutJob) -> int:

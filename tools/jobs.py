@@ -6,6 +6,7 @@ from tyro.conf import Positional
 
 from stillroom.cache.errors import ConfigError
 from stillroom.cache.ray_config import ENGINES, RayConfig
+from stillroom.cache.row_lengths import TOO_LONG
 from stillroom.cache.teacher import TeacherConfig
 from stillroom.replay.prompts import PromptsConfig
 from stillroom.replay.refresh import RefreshConfig
@@ -102,6 +103,10 @@ class ScoreJob:
     torchrun, Slurm or Kubernetes says, or the only one."""
     world_size: int | None = None
     """How many workers there are; None is STILLROOM_WORLD_SIZE, or what torchrun or Slurm says."""
+    too_long: str = "refuse"
+    """What becomes of parts with a row that is longer than the teacher's engine or servers read,
+    where the model itself could: refuse (nothing is scored) or skip (they stay unscored, and the
+    exit status is 1)."""
     watch: bool = False
     """Go on with what arrives, with the teacher loaded, until SIGTERM or Ctrl-C."""
     watch_s: float = 30.0
@@ -117,9 +122,15 @@ class ScoreJob:
         if not 0 < self.watch_s < float("inf"):
             do = "Change the setting."
             raise ConfigError("watch_s", "a finite number above 0", f"{self.watch_s}", do)
+        if self.too_long not in TOO_LONG:
+            got, do = repr(self.too_long), "Change the setting."
+            raise ConfigError("too_long", f"one of {TOO_LONG}", got, do)
         if self.watch and self.engine == "ray":
             do = "Start scorers with --watch on the nodes, or score in turns with --engine ray."
             raise ConfigError("watch", "the engine local", "ray", do)
+        if self.watch and self.again is not None:
+            do = "Score the part again first, and watch then."
+            raise ConfigError("again", "no --watch with it", "both", do)
 
 
 def _check_engine(engine: str, rank: int | None, world_size: int | None) -> None:

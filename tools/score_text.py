@@ -12,6 +12,11 @@ def print_scored(report: ScoreReport) -> None:
         f"{report.teacher_s:.1f} s of the teacher ({rate:,.0f} positions/s); "
         f"{len(report.lost)} parts scored by others meanwhile"
     )
+    if report.too_long:
+        say(
+            f"score: {len(report.too_long)} parts are not scored, such as {report.too_long[0]}: "
+            "they have rows that are longer than the teacher reads"
+        )
     if report.model_s and report.work_s:
         share = report.model_s / report.work_s
         say(

@@ -11,7 +11,7 @@ from stillroom.cache.score import Scorer, ScoreReport
 from stillroom.cache.score_on_ray import score_on_ray
 from stillroom.cache.storage import local_path
 from stillroom.cache.store import Cache
-from stillroom.cache.teacher import Teacher, TeacherConfig
+from stillroom.cache.teacher import ScoreSpec, Teacher, TeacherConfig
 from stillroom.cache.watch import watch
 from stillroom.cache.workers import ALONE, Worker, find_worker
 from stillroom.tools.ending import ends_when_told
@@ -29,21 +29,30 @@ def score_all(job: ScoreJob) -> int:
         raise ConfigError("again", "one worker", got, do)
     cache = Cache.open(job.root)
     teacher_of(job, cache)
-    if job.again is not None:
-        cache.quarantine(job.again, "scored again by request", damaged=False)
-    if not (job.watch or cache.unscored()):
+    if not (job.watch or job.again or cache.unscored()):
         say(f"score: nothing to do, {len(cache.commits())} parts are scored")
         return 0
     with ends_when_told():
         if job.engine == "ray":
-            print_scored(_on_ray(job, cache))
+            _set_aside(job, cache)
+            report = _on_ray(job, cache)
         elif job.watch:
-            print_scored(_until_told(job, cache, worker))
+            report = _until_told(job, cache, worker)
         else:
             scorer = _scorer(job, cache, worker)
+            if job.again is not None:
+                scorer.prepare()
+                scorer.fitting([job.again])
+            _set_aside(job, cache)
             scorer.score(cache.unscored())
-            print_scored(scorer.report)
-    return 0
+            report = scorer.report
+    print_scored(report)
+    return 1 if report.too_long else 0
+
+
+def _set_aside(job: ScoreJob, cache: Cache) -> None:
+    if job.again is not None:
+        cache.quarantine(job.again, "scored again by request", damaged=False)
 
 
 def _until_told(job: ScoreJob, cache: Cache, worker: Worker) -> ScoreReport:
@@ -58,7 +67,8 @@ def _until_told(job: ScoreJob, cache: Cache, worker: Worker) -> ScoreReport:
 
 def _scorer(job: ScoreJob, cache: Cache, worker: Worker) -> Scorer:
     teacher = load_checked(job, cache)
-    return Scorer(cache, teacher, accept_numerics=job.accept_numerics, worker=worker)
+    accept, too_long = job.accept_numerics, job.too_long
+    return Scorer(cache, teacher, accept_numerics=accept, worker=worker, too_long=too_long)
 
 
 def load_checked(job: ScoreJob, cache: Cache) -> Teacher:
@@ -68,7 +78,7 @@ def load_checked(job: ScoreJob, cache: Cache) -> Teacher:
         StillroomError: as `teacher_of` and `load_teacher`.
     """
     files, id_map = teacher_of(job, cache)
-    return load_teacher(files, job.teacher, id_map)
+    return load_teacher(files, job.teacher, id_map, ScoreSpec.of(cache.identity))
 
 
 def _on_ray(job: ScoreJob, cache: Cache) -> ScoreReport:
@@ -79,6 +89,7 @@ def _on_ray(job: ScoreJob, cache: Cache) -> ScoreReport:
         job.ray,
         accept_numerics=job.accept_numerics,
         wants_gpu=teacher.backend != "server" and teacher.device != "cpu",
+        too_long=job.too_long,
     )
 
 

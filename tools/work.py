@@ -5,7 +5,7 @@ before anything is written. torch is imported only where a model runs.
 """
 
 import os
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from stillroom.cache.storage import Storage, local_path
 from stillroom.cache.store import IDENTITY_PATH, Cache
 from stillroom.cache.teacher import ScoreSpec, identity_of
 from stillroom.cache.workers import ALONE, Worker, find_worker
-from stillroom.replay.load_sampler import load_sampler
+from stillroom.replay.load_sampler import find_and_load_sampler, load_sampler
 from stillroom.replay.policies import (
     check_student,
     free_version,
@@ -232,6 +232,14 @@ def _known(student: str | None) -> ModelFiles | None:
     return None if student is None else inspect_model(student)
 
 
+def _name_elsewhere(files: ModelFiles, student: str | None) -> str:
+    """How other machines find a model: the hub id that it was given as, or else its folder."""
+    if student is None or local_path(student).is_dir():
+        return str(files.folder.absolute())
+    is_it = inspect_model(student).fingerprint == files.fingerprint
+    return student if is_it else str(files.folder.absolute())
+
+
 def _newest(cache: Cache, *, quiet: bool = False) -> int:
     """The newest policy with weights; says so where students without any are newer."""
     newest = newest_kept(cache.storage)
@@ -266,9 +274,8 @@ def _sample(
     cycle = refresh(cache, prompts.prompts, job.sampler, job.refresh, version)
     with ends_when_told():
         if isinstance(job, RolloutJob) and job.engine == "ray":
-            load = partial(
-                load_sampler, replace(files, folder=files.folder.absolute()), job.sampler
-            )
+            model = _name_elsewhere(files, job.student)
+            load = partial(find_and_load_sampler, model, files.fingerprint, job.sampler)
             wants_gpu = job.sampler.device != "cpu"
             report = rollout_on_ray(cache, cycle_name(version), load, job.ray, wants_gpu=wants_gpu)
         else:

@@ -259,7 +259,8 @@ class Pipeline:
 
     @cached_property
     def _teacher(self) -> Teacher:
-        return load_teacher(self._models.teacher, self._config.teacher)
+        spec = self._config.score_spec
+        return load_teacher(self._models.teacher, self._config.teacher, spec=spec)
 
     @cached_property
     def _loaded(self) -> tuple[Prompts, Prompts]:

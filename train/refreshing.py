@@ -6,11 +6,11 @@ moment takes a version of its own in `policies/`, with run, parent and step but 
 its rollouts name it.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,13 +118,14 @@ class RefreshCallback(Callback):
     The stream takes up the new rows with the next step. What is replayed then is that of the last
     `max_lag + 1` students. Needs a second copy of the student's buffers, but shares its weights; a
     LoRA's are merged into new ones. Where vLLM samples, the student's weights are written to a
-    folder below the run's output at each refresh, read by the engine, and removed. A run that is
-    resumed retires what its students after the checkpoint had sampled, and samples anew, so it goes
-    on otherwise than it did before. What those students had retired stays so: with a checkpoint at
-    least every `follow_every_steps` batches, that is the rows of one student at most. A run that
-    starts again without a checkpoint retires all that its students had sampled, and samples first
-    where nothing is left to replay. A run is known by its name and its output folder; one that was
-    moved leaves alone what it sampled before. No other run refreshes the cache at the same time.
+    folder below the run's output at each refresh, read by the engine, and removed; a run that was
+    killed meanwhile removes it when it starts again. A run that is resumed retires what its
+    students after the checkpoint had sampled, and samples anew, so it goes on otherwise than it did
+    before. What those students had retired stays so: with a checkpoint at least every
+    `follow_every_steps` batches, that is the rows of one student at most. A run that starts again
+    without a checkpoint retires all that its students had sampled, and samples first where nothing
+    is left to replay. A run is known by its name and its output folder; one that was moved leaves
+    alone what it sampled before. No other run refreshes the cache at the same time.
 
     Args:
         refresher: makes new rows; of the trainer's cache.
@@ -148,6 +149,7 @@ class RefreshCallback(Callback):
             MismatchError: another cache, or a student that is none of its policies.
         """
         _check(trainer, self._refresher)
+        shutil.rmtree(_weights_folder(trainer), ignore_errors=True)
         if newest_checkpoint(checkpoints_of(trainer.output, trainer.run)) is not None:
             return
         _retire_from(trainer, 0)
@@ -211,9 +213,17 @@ class RefreshCallback(Callback):
         if isinstance(sampler, TransformersSampler):
             sampler.take_weights(plain_weights(trainer))
         elif isinstance(sampler, VllmSampler):
-            with TemporaryDirectory(prefix=".sampled-", dir=trainer.output) as folder:
-                sampler.take_weights(save_student(trainer, Path(folder) / "student"))
+            folder = _weights_folder(trainer)
+            try:
+                sampler.take_weights(save_student(trainer, folder / "student"))
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
         return sampler
+
+
+def _weights_folder(trainer: "ReplayTrainer") -> Path:
+    """Where vLLM reads a run's student from; a run that was killed meanwhile leaves it behind."""
+    return trainer.output / f".sampled-{trainer.run}"
 
 
 def plain_weights(trainer: "ReplayTrainer") -> dict[str, torch.Tensor]:

@@ -125,6 +125,28 @@ def test_devices_by_name() -> None:
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.parametrize(
+    ("environ", "index"),
+    [
+        ({}, 0),
+        ({"LOCAL_RANK": "3"}, 3),
+        ({"SLURM_LOCALID": "2"}, 2),
+        ({"SLURM_LOCALID": "5"}, 1),
+        ({"LOCAL_RANK": "1", "SLURM_LOCALID": "0"}, 1),
+    ],
+)
+def test_each_process_of_a_node_has_a_gpu_of_its_own(
+    environ: dict[str, str], index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert pick_device("auto") == torch.device("cuda", index)
+
+
 @pytest.mark.parametrize("name", ["gpu", "", "cpu:x", "cuda:99"])
 def test_a_device_that_is_not_here_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"^device: .*; got '{name}'"):
@@ -139,8 +161,18 @@ def test_an_architecture_without_a_trunk_is_refused() -> None:
         trunk(model, torch.tensor([[3, 1, 4]]))
 
 
-def test_a_model_that_reads_what_comes_later_is_refused(teacher_dir: Path) -> None:
+@pytest.mark.parametrize("outlier", [None, 1e4, float("nan")])
+def test_a_model_that_reads_what_comes_later_is_refused(
+    teacher_dir: Path, outlier: float | None
+) -> None:
+    """Also where one channel is far larger than the others, or is no number."""
     model, files = load(teacher_dir), inspect_model(str(teacher_dir))
+    if outlier is not None:
+
+        def change(_module: object, _inputs: object, output: Any) -> None:
+            output.last_hidden_state[..., 0] = outlier
+
+        model.base_model.register_forward_hook(change)
     _check_causal(model, files)
     for module in model.modules():
         if hasattr(module, "is_causal"):

@@ -20,23 +20,28 @@ def test_weights_are_finite_and_above_zero(weight: float) -> None:
 
 
 def test_shares_sum_to_one_and_only_ratios_count() -> None:
-    assert shares([1.0, 3.0]) == shares([2.0, 6.0]) == (0.25, 0.75)
+    assert shares([1.0, 3.0]) == shares([2.0, 6.0]) == shares([0.1, 0.3]) == (0.25, 0.75)
+    assert shares([0.1, 0.2, 0.4]) == shares([1, 2, 4]) == shares([1e-3, 2e-3, 4e-3])
     config = TeacherConfig(model="a", weight=2.0, ensemble=(Member(model="b", weight=6.0),))
     assert config.shares() == (0.25, 0.75)
     assert TeacherConfig(model="a").shares() == (1.0,)
 
 
 def test_members_share_all_settings_but_model_and_servers() -> None:
-    member = Member(model="b", revision="r", weight=2.0, urls=("http://b",))
+    member = Member(
+        model="b", revision="r", weight=2.0, urls=("http://b",), served_model="served-b"
+    )
     config = TeacherConfig(
         model="a",
         dtype="bfloat16",
         backend="server",
-        server=ServerConfig(urls=("http://a",), timeout_s=5.0),
-        ensemble=(member,),
+        server=ServerConfig(urls=("http://a",), model="served-a", timeout_s=5.0),
+        ensemble=(member, Member(model="c", urls=("http://c",))),
     )
-    first, second = config.members()
+    first, second, third = config.members()
     assert (first.model, first.server.urls, first.ensemble) == ("a", ("http://a",), ())
+    names = [one.server.model for one in (first, second, third)]
+    assert names == ["served-a", "served-b", None]
     assert (second.model, second.revision, second.weight) == ("b", "r", 1.0)
     assert (second.server.urls, second.server.timeout_s) == (("http://b",), 5.0)
     assert (second.dtype, second.ensemble) == ("bfloat16", ())
@@ -54,6 +59,8 @@ def test_servers_are_named_where_there_are_some() -> None:
         TeacherConfig(model="a", backend="server", server=server, ensemble=(Member(model="b"),))
     with pytest.raises(ConfigError, match=where):
         TeacherConfig(model="a", ensemble=(Member(model="b", urls=("http://b",)),))
+    with pytest.raises(ConfigError, match=r"^teacher\.ensemble, served_model: expected the back"):
+        TeacherConfig(model="a", ensemble=(Member(model="b", served_model="b"),))
 
 
 def test_entries_that_are_asked_for_are_one_at_least() -> None:

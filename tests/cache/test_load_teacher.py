@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from stillroom.cache import teacher
 from stillroom.cache.ensemble_config import Member
 from stillroom.cache.errors import ConfigError, MismatchError
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.identity import fingerprint_of
-from stillroom.cache.load_teacher import inspect_teacher
+from stillroom.cache.load_teacher import exact_if_needed, inspect_teacher
 from stillroom.cache.match_ids import match_ids
 from stillroom.cache.server_config import ServerConfig
 from stillroom.cache.teacher import ScoreSpec, TeacherConfig, identity_of
@@ -80,6 +81,20 @@ def test_a_map_makes_the_students_vocabulary_the_caches(
         identity_of(files, config, drawn, id_map=id_map)
 
 
+def test_a_map_with_too_many_ids_of_the_teachers_is_refused_before_a_cache_is_made(
+    teacher_dir: Path, monkeypatch: pytest.MonkeyPatch, student_dir: Path, tmp_path: Path
+) -> None:
+    other = reordered(teacher_dir, tmp_path / "other", more=["m1", "m2"])
+    files, config = inspect_model(str(other)), config_of(other)
+    id_map = match_ids(files, inspect_model(str(student_dir)))
+    for backend in ("vllm", "transformers"):
+        identity_of(files, replace(config, backend=backend), SPEC, id_map=id_map)
+    monkeypatch.setattr(teacher, "MOST_MORE", 1)
+    identity_of(files, config, SPEC, id_map=id_map)
+    with pytest.raises(ConfigError, match=r"teacher\.backend: expected at most 1 .*vllm, and 2"):
+        identity_of(files, replace(config, backend="vllm"), SPEC, id_map=id_map)
+
+
 def test_extra_ids_need_full_vocabularies(teacher_dir: Path, student_dir: Path) -> None:
     config = config_of(teacher_dir, student_dir)
     files, spec = inspect_teacher(config), ScoreSpec(topk=8, extra=1, extra_kind="student")
@@ -90,3 +105,31 @@ def test_extra_ids_need_full_vocabularies(teacher_dir: Path, student_dir: Path) 
     )
     with pytest.raises(ConfigError, match="extra_kind: expected none, or an ensemble of transf"):
         identity_of(files, server, spec)
+
+
+@pytest.mark.parametrize(
+    ("padding", "spec", "why"),
+    [
+        (0, None, ""),
+        (0, ScoreSpec(topk=4, extra=1, extra_kind="student"), ""),
+        (8, None, f"the head has {VOCAB + 8} rows for {VOCAB} tokens"),
+        (0, ScoreSpec(topk=4, temperature=0.5), "the temperature is 0.5"),
+        (0, ScoreSpec(topk=4, extra=1, extra_kind="tail"), "extra ids are drawn from the tail"),
+    ],
+)
+def test_vllm_gives_hidden_states_where_nothing_else_will_do(
+    teacher_dir: Path,
+    padding: int,
+    spec: ScoreSpec | None,
+    why: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = replace(inspect_model(str(teacher_dir)), logit_width=VOCAB + padding)
+    config = TeacherConfig(model=str(teacher_dir), backend="vllm")
+    assert exact_if_needed(files, config, spec) == replace(config, exact_tail=bool(why))
+    said = capsys.readouterr().err
+    assert why in said
+    assert said.count("\n") == bool(why)
+    exact = replace(config, exact_tail=True)
+    assert exact_if_needed(files, exact, spec) == exact
+    assert not capsys.readouterr().err

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from stillroom.cache.agreement import check_agreement
-from stillroom.cache.errors import ConfigError
 from stillroom.cache.id_map import IdMap
-from stillroom.cache.mapped_teacher import MOST_MORE, MappedTeacher
+from stillroom.cache.mapped_teacher import MappedTeacher
 from stillroom.cache.schema import UNUSED_ID
 from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec, stats_of
 from tests.cache.fakes import VOCAB, FakeTeacher, dense_scores, log_softmax
@@ -116,11 +115,23 @@ def test_what_the_teacher_tells_of_its_work_is_told() -> None:
     assert stats_of(MappedTeacher(FakeTeacher(), make_map(9))) == {}
 
 
-def test_too_many_tokens_of_the_teachers_own_are_refused() -> None:
-    width = MOST_MORE + 11
-    MappedTeacher(FakeTeacher(), make_map(11, width))
-    with pytest.raises(ConfigError, match=r"teacher\.backend: expected at most 1024 .* got 1025"):
-        MappedTeacher(FakeTeacher(), make_map(10, width))
+def test_entries_keep_the_logprobs_that_the_teacher_gave() -> None:
+    """Float64 holds no probability below -745 nats; only the teacher has the likeliest token."""
+
+    class Certain(FakeTeacher):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logit_VV = np.full((VOCAB, VOCAB), -900.0)
+            self.logit_VV[:, make_map(VOCAB).teacher_id[[-1, 0]]] = 0.0, -800.0
+
+    token = np.zeros(2, np.uint32)
+    ((_, scores),) = MappedTeacher(Certain(), make_map(VOCAB - 1)).score(
+        [ScoreRow(token, np.array([1]))], ScoreSpec(topk=1)
+    )
+    assert scores.topk_id.tolist() == [[0]]
+    assert scores.topk_logprob.tolist() == [[-800.0]]
+    assert scores.sampled_logprob.tolist() == [-800.0]
+    assert scores.tail_logprob.tolist() == [0.0]
 
 
 def test_what_the_teacher_is_asked_for() -> None:

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillroom.cache import mixed_teacher
 from stillroom.cache.agreement import check_agreement
 from stillroom.cache.errors import ConfigError, NumericsError
 from stillroom.cache.mixed_teacher import MixedTeacher, mix
@@ -129,21 +128,47 @@ def make_rows(*lengths: int) -> list[ScoreRow]:
     return [ScoreRow(rng.integers(0, VOCAB, n).astype(np.uint32), np.arange(1, n)) for n in lengths]
 
 
-def test_rows_are_scored_in_groups_and_come_back_under_their_numbers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(mixed_teacher, "GROUP_TOKENS", 10)
+def test_rows_come_back_under_their_numbers() -> None:
     members = [Listed(0), Listed(1)]
     teacher = MixedTeacher(members, [0.5, 0.5], VOCAB)
     rows, spec = make_rows(4, 5, 12, 2, 9), ScoreSpec(topk=3, mass=0.9)
     found = dict(teacher.score(rows, spec))
     assert sorted(found) == [0, 1, 2, 3, 4]
-    assert [n for n, _ in members[0].asked] == [2, 1, 1, 1]
-    assert {s for _, s in members[1].asked} == {replace(spec, topk=6, mass=1.0)}
+    assert members[1].asked == [(5, replace(spec, topk=6, mass=1.0))]
     for index, row in enumerate(rows):
         alone = [dict(m.score([row], ScoreSpec(topk=6)))[0] for m in members]
         expected = mix(alone, [0.5, 0.5], row.token[row.targets], spec)
         assert found[index].topk_id.tolist() == expected.topk_id.tolist()
+
+
+def test_a_row_is_ready_when_all_members_have_scored_it() -> None:
+    """They work side by side, each in an order of its own, and end with the caller."""
+    events: list[str] = []
+
+    class Ordered(FakeTeacher):
+        def __init__(self, name: str, order: list[int]) -> None:
+            super().__init__()
+            self.name, self.order = name, order
+
+        def score(
+            self, rows: Sequence[ScoreRow], spec: ScoreSpec
+        ) -> Iterator[tuple[int, RowScores]]:
+            scores = dict(super().score(rows, spec))
+            try:
+                for index in self.order:
+                    events.append(f"{self.name}{index}")
+                    yield index, scores[index]
+            finally:
+                events.append(f"{self.name} ends")
+
+    members = [Ordered("a", [0, 1, 2, 3]), Ordered("b", [1, 0, 3, 2])]
+    found = MixedTeacher(members, [0.5, 0.5], VOCAB).score(make_rows(2, 3, 4, 5), ScoreSpec(topk=3))
+    assert [next(found)[0], next(found)[0]] == [0, 1]
+    assert events == ["a0", "b1", "a1", "b0"]
+    found.close()  # type: ignore[attr-defined]
+    assert sorted(events[4:]) == ["a ends", "b ends"]
+    whole = MixedTeacher(members, [0.5, 0.5], VOCAB).score(make_rows(2, 3, 4, 5), ScoreSpec(topk=3))
+    assert [index for index, _ in whole] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("asked", "topk"), [(None, 6), (10, 10), (2, 3), (999, VOCAB)])
@@ -178,7 +203,7 @@ def test_extra_ids_are_refused() -> None:
         next(teacher.score(make_rows(3), ScoreSpec(topk=3, extra=1, extra_kind="tail")))
 
 
-def test_an_error_names_the_member_and_where_its_rows_begin() -> None:
+def test_an_error_names_the_member_and_the_row() -> None:
     class Broken(FakeTeacher):
         def score(
             self, rows: Sequence[ScoreRow], spec: ScoreSpec
@@ -186,8 +211,19 @@ def test_an_error_names_the_member_and_where_its_rows_begin() -> None:
             raise NumericsError("row 1", "finite logits", "NaN", "Check it.")
 
     teacher = MixedTeacher([FakeTeacher(), Broken()], [0.5, 0.5], VOCAB)
-    with pytest.raises(NumericsError, match=r"^member 1, rows from 0, row 1: expected finite"):
+    with pytest.raises(NumericsError, match=r"^member 1, row 1: expected finite"):
         list(teacher.score(make_rows(3, 3), ScoreSpec(topk=3)))
+
+
+def test_what_has_no_probability_in_float64_has_a_logprob() -> None:
+    sampled = np.array([1], np.uint32)
+    listed = [dense_scores(np.array([[0.0, nats, -999.0]]), sampled, 2) for nats in (-800, -900)]
+    found = mix(listed, [0.5, 0.5], sampled, ScoreSpec(topk=2))
+    assert found.topk_id.tolist() == [[0, 1]]
+    expected = [[0.0, np.float16(-800 + np.log(0.5))]]
+    assert found.topk_logprob.tolist() == expected
+    assert found.sampled_logprob[0] == pytest.approx(-800 + np.log(0.5), abs=1e-3)
+    assert found.tail_logprob.tolist() == [-999.0]
 
 
 def test_unused_entries_of_a_member_count_nothing() -> None:

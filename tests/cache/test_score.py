@@ -295,6 +295,35 @@ def test_an_error_of_the_teacher_names_the_part_and_commits_nothing_of_it(
     assert score(cache, FakeTeacher()).scored == [bad]
 
 
+@pytest.mark.usefixtures("_in_order")
+def test_parts_that_fail_come_last(cache: Cache) -> None:
+    bad = [add(cache, n, [make_rollout(prompt=[39], completion=[1])]) for n in (1, 2)]
+    damaged, good = add(cache, 3), [add(cache, n) for n in (4, 5)]
+    path = cache.storage.folder / f"rollouts/{damaged}.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    teacher = Failing(NumericsError("row 0", "finite logits", "nan", "Do."), token=39)
+    with pytest.raises(NumericsError, match=f"^{bad[0]}, row 0: .* In all 3 parts cannot be"):
+        score(cache, teacher)
+    assert sorted(cache.commits()) == good
+    assert not any(Claims(cache.storage).is_held(part) for part in cache.parts())
+
+
+def test_the_canary_that_fails_is_no_part_that_fails(cache: Cache) -> None:
+    add(cache, 1)
+    calls: list[int] = []
+
+    class Nowhere(FakeTeacher):
+        def score(
+            self, rows: Sequence[ScoreRow], spec: ScoreSpec
+        ) -> Iterator[tuple[int, RowScores]]:
+            calls.append(len(rows))
+            raise NumericsError("row 0", "finite logits", "nan", "Do.")
+
+    with pytest.raises(NumericsError, match=r"^row 0: expected finite logits; got nan\. Do\.$"):
+        score(cache, Nowhere())
+    assert len(calls) == 1
+
+
 def test_another_teacher_fills_nothing(cache: Cache) -> None:
     add(cache, 1)
     score(cache, FakeTeacher())

@@ -59,7 +59,8 @@ def with_link(
 def test_a_server_that_is_right_is_met(server: FakeServer, protocol: str) -> None:
     known = Known()
     with_link(server, lambda link: link.greet(128), known)
-    assert known == Known("0.32.0" if protocol == "vllm" else None, server.url)
+    told = protocol == "vllm"
+    assert known == Known("0.32.0" if told else None, server.url, 4095 if told else None)
     assert server.scored() == []
 
 
@@ -127,6 +128,16 @@ def test_the_canary_is_compared_with_the_first_servers(server: FakeServer, proto
     server.logit_VV = FakeTeacher(noise=0.05).logit_VV
     with pytest.raises(MismatchError, match=rf"^{server.url}: .* of those of {server.url}; got "):
         with_link(server, lambda link: link.prove(5), known)
+
+
+def test_a_canary_that_is_missed_is_scored_once_more(server: FakeServer) -> None:
+    known = Known()
+    with_link(server, lambda link: link.prove(5), known)
+    right, last = server.logit_VV, canary_rows(VOCAB, 256)[-1].token.tolist()
+    server.logit_VV = FakeTeacher(noise=0.05).logit_VV
+    server.faults = [Fault(token=last, then=lambda: setattr(server, "logit_VV", right))]
+    with_link(server, lambda link: link.prove(5), known)
+    assert server.scored().count(last) == 3
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,29 @@ def test_servers_that_connect_and_then_refuse_every_row_are_no_answer() -> None:
         share_out([Link("a", on_row=fail)], rows_of(5), patience_s=0.05)
 
 
+def test_patience_is_not_spent_while_a_server_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that takes all of the time that there is for one is made again, as often as any."""
+    now = 0.0
+
+    class Watch:
+        def __init__(self) -> None:
+            self.start = now
+
+        def elapsed_s(self) -> float:
+            return now - self.start
+
+    def time_out(row: str, count: int) -> None:
+        nonlocal now
+        now += 600
+        raise Trouble("no answer in 600 s", by_request=True)
+
+    monkeypatch.setattr(server_run, "Stopwatch", Watch)
+    link = Link("a", on_row=time_out)
+    with pytest.raises(StorageError, match=r"^row 0, a: .*5 failures, .*no answer in 600 s"):
+        share_out([link], rows_of(5))
+    assert link.connects == server_run.TRIES
+
+
 def test_a_row_that_no_server_can_bear_is_given_up_by_name() -> None:
     def fail(row: str, count: int) -> None:
         if row == "row 1":

@@ -110,6 +110,16 @@ def test_the_numeric_class_names_protocol_version_and_dtype() -> None:
         assert teacher_of(servers).numeric_class == "server-trl-float32"
 
 
+def test_the_longest_row_is_that_of_the_server_that_reads_least() -> None:
+    with serving(2) as servers:
+        servers[1].models = [{"id": "m", "max_model_len": 200}]
+        teacher = teacher_of(servers)
+        scored(teacher, make_rows(40))
+        assert teacher.longest_row == 199
+    with serving(protocol="trl") as servers:
+        assert teacher_of(servers).longest_row is None
+
+
 def test_many_rows_are_at_work_and_their_tokens_bounded() -> None:
     rows = [ScoreRow(np.arange(10, dtype=np.uint32), np.array([9])) for _ in range(20)]
     with serving() as [server]:
@@ -208,8 +218,18 @@ def test_servers_of_different_weights_are_refused_by_name(cache: Cache) -> None:
     with serving(2) as servers:
         teacher = teacher_of(servers)
         servers[1].logit_VV = FakeTeacher(noise=0.05).logit_VV
-        with pytest.raises(MismatchError) as caught:
-            score(cache, teacher)
+        done, token = threading.Event(), _rows_of(cache)[0]
+
+        def hold() -> None:
+            done.wait(20)
+
+        for server in servers:
+            server.faults = [Fault(token=token, then=hold)]
+        try:
+            with pytest.raises(MismatchError) as caught:
+                score(cache, teacher)
+        finally:
+            done.set()
         assert all(server.url in str(caught.value) for server in servers)
     assert cache.commits() == {}
 
@@ -294,7 +314,7 @@ def test_what_the_protocols_cannot_give_is_refused_before_anything_is_asked() ->
         assert server.scored() == []
     with (
         serving(protocol="trl") as servers,
-        pytest.raises(ConfigError, match=r"^topk: expected at most 20 with the protocol trl"),
+        pytest.raises(ConfigError, match=r"at most 20 with the protocol trl; got 21, .* a map"),
     ):
         teacher_of(servers).score(rows, ScoreSpec(topk=21))
 

@@ -102,9 +102,12 @@ def test_a_wrong_answer_is_refused(spoil: Callable[[dict[str, Any]], Any]) -> No
         read(answer)
 
 
-def test_minus_infinity_stands_for_what_the_server_does_not_know() -> None:
+@pytest.mark.parametrize(
+    ("name", "at"), [("logprobs_b64", TOPK + 2), ("actual_logprobs_b64", 1)], ids=["top", "sampled"]
+)
+def test_minus_infinity_stands_for_what_the_server_does_not_know(name: str, at: int) -> None:
     answer = right()
-    altered("logprobs_b64", "<f4", TOPK + 2, -np.inf)(answer)
+    altered(name, "<f4", at, -np.inf)(answer)
     with pytest.raises(NumericsError, match=r"row 3, http://node, position 1: .*stand for NaN"):
         read(answer)
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,26 @@ def test_what_another_holds_is_left_to_it_and_waited_for(
     assert sorted(done.names) == sorted(NAMES)
     assert len(looks) == 2
     assert "try: waiting for parts that other workers have claimed: 1" in capsys.readouterr().err
+
+
+def test_a_claim_of_who_does_something_else_with_a_piece_delays_nobody(
+    done: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of the scorer of a part that another rank has sampled."""
+    other = Claims(done.storage)
+    assert other.take(NAMES[3])
+    looks: list[float] = []
+
+    def finish(seconds: float) -> None:
+        looks.append(seconds)
+        assert len(looks) < 9
+        if len(looks) == 2:
+            done.by.append((1, NAMES[3]))
+
+    monkeypatch.setattr(time, "sleep", finish)
+    replace(done.work(0), full_look_every=1).do_all(NAMES)
+    assert len(looks) == 2
+    assert sorted(done.names) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("longest", [0.5, 30.0])

@@ -40,18 +40,24 @@ class Inside:
         self.most = 0
         self.dropped: list[str] = []
         self.loaded: list[str] = []
+        self.resets = [True]
+        self.failure: Exception | None = None
         self.model_config = SimpleNamespace(max_model_len=arguments.get("max_model_len", 8))
         self.vllm_config = SimpleNamespace(use_v2_model_runner=True)
         self.engine_core = SimpleNamespace(shutdown=lambda: None)
 
     def add_request(self, name: str, prompt: Any, params: Any) -> str:
         """Know of a request."""
+        if len(prompt["prompt_token_ids"]) > 60:
+            raise ValueError("too long")
         self.known[name] = (prompt["prompt_token_ids"], params)
         self.most = max(self.most, sum(len(ids) for ids, _ in self.known.values()))
         return name
 
     def step(self) -> list[Any]:
         """Finish one; the one after it is under way."""
+        if self.failure is not None:
+            raise self.failure
         name, *others = self.known
         outputs = [SimpleNamespace(request_id=other, finished=False) for other in others[:1]]
         ids, params = self.known.pop(name)
@@ -59,6 +65,7 @@ class Inside:
 
     def abort_request(self, names: list[str]) -> None:
         """Forget requests."""
+        assert self.failure is None, "a dead engine is asked for nothing"
         self.dropped += names
         for name in names:
             del self.known[name]
@@ -70,17 +77,18 @@ class Inside:
             raise RuntimeError("no such tensor")
         self.loaded.append(kwargs["weights_path"])
 
-    def reset_prefix_cache(self) -> None:
-        """Forget prefixes."""
-        self.loaded.append("prefixes forgotten")
+    def reset_prefix_cache(self) -> bool:
+        """Forget prefixes, or not yet."""
+        done = self.resets.pop(0) if len(self.resets) > 1 else self.resets[0]
+        self.loaded.append("prefixes forgotten" if done else "prefixes kept")
+        return done
 
 
 @pytest.fixture(autouse=True)
 def _vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """A package of that name for one test."""
-    vllm, platforms, params = (
-        ModuleType(name) for name in ("vllm", "vllm.platforms", "vllm.sampling_params")
-    )
+    names = ("vllm", "vllm.platforms", "vllm.sampling_params", "vllm.config")
+    vllm, platforms, params, settings = map(ModuleType, names)
     made: dict[str, Any] = {
         "__version__": "0.99.0",
         "envs": SimpleNamespace(VLLM_ENABLE_V1_MULTIPROCESSING=True),
@@ -91,7 +99,9 @@ def _vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm.__dict__.update(made)
     platforms.__dict__["current_platform"] = SimpleNamespace(device_type="table")
     params.__dict__["RequestOutputKind"] = SimpleNamespace(FINAL_ONLY="final")
-    for module in (vllm, platforms, params):
+    settings.__dict__["PoolerConfig"] = dict
+    monkeypatch.setattr("stillroom.cache.vllm_engine.PAUSE_S", 0.0)
+    for module in (vllm, platforms, params, settings):
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
@@ -182,9 +192,40 @@ def test_what_is_under_way_is_dropped_with_its_caller() -> None:
 def test_refusals_say_what_was_asked() -> None:
     with pytest.raises(ConfigError, match=r"'refused': 3.*1 validation error refused: 3.*above"):
         start(engine_args={"refused": 3})
+    with pytest.raises(ConfigError, match="max_num_batched_tokens"):
+        start(engine_args={"refused": "max_num"})
     with pytest.raises(ConfigError, match=r"auto or table, .*got 'cuda:1'"):
         start(device="cuda:1")
     assert start(device="table").numeric_class.endswith("-table")
+
+
+def test_the_numeric_class_tells_quantisation_and_hidden_states() -> None:
+    engine = start(engine_args={"quantization": "fp8", "kv_cache_dtype": "fp8_e4m3"})
+    named = "vllm-0.99.0-float32-table-quantization_fp8-kv_cache_dtype_fp8_e4m3"
+    assert engine.numeric_class == named
+    assert start(pools=True).numeric_class == "vllm-0.99.0-float32-table-hidden"
+
+
+def test_an_engine_that_fails_says_what_was_in_it() -> None:
+    """Of what use it is then is not asked again."""
+    engine = start()
+    running = engine.run(requests(10, 10, 10, 10))
+    next(running)
+    inside(engine).failure = RuntimeError("CUDA out of memory")
+    expected = "3 requests, 1 to 3, of 30 tokens; got RuntimeError: CUDA out of memory"
+    with pytest.raises(ConfigError, match=f"{expected}.*max_num_batched_tokens or gpu_memory_util"):
+        next(running)
+    assert inside(engine).dropped == []
+    with pytest.raises(ConfigError, match="CUDA out of memory"):
+        list(engine.run(requests(3)))
+
+
+def test_a_request_that_vllm_refuses_is_named() -> None:
+    engine = start()
+    with pytest.raises(InputError, match=r"request 1: .*too long"):
+        list(engine.run(requests(3, 61)))
+    assert engine.tokens_in_flight == 0
+    assert [index for index, _ in engine.run(requests(4))] == [0]
 
 
 def test_weights_are_loaded_whole_or_the_engine_is_given_up() -> None:
@@ -194,5 +235,29 @@ def test_weights_are_loaded_whole_or_the_engine_is_given_up() -> None:
     list(engine.run(requests(3)))
     with pytest.raises(InputError, match="broken: expected weights that vLLM loads; got no such"):
         engine.load_weights(Path("broken"))
-    with pytest.raises(InputError, match="Start the engine again"):
+    with pytest.raises(InputError, match="start the engine again"):
+        list(engine.run(requests(3)))
+
+
+def test_weights_do_not_change_under_a_request() -> None:
+    engine = start()
+    running = engine.run(requests(10, 10, 10))
+    next(running)
+    with pytest.raises(InputError, match="without requests; got 20 tokens"):
+        engine.load_weights(Path("next"))
+    assert inside(engine).loaded == []
+    assert len(list(running)) == 2
+    engine.load_weights(Path("next"))
+
+
+def test_prefixes_of_old_weights_are_forgotten_before_anything_else() -> None:
+    engine = start()
+    inside(engine).resets = [False, False, True]
+    engine.load_weights(Path("next"))
+    assert inside(engine).loaded == ["next", *["prefixes kept"] * 2, "prefixes forgotten"]
+    list(engine.run(requests(3)))
+    inside(engine).resets = [False]
+    with pytest.raises(InputError, match="keeps cached prefixes"):
+        engine.load_weights(Path("later"))
+    with pytest.raises(InputError, match="keeps cached prefixes"):
         list(engine.run(requests(3)))

@@ -79,7 +79,13 @@ def test_a_head_that_does_more_is_refused(
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [("gone", r"no tensor lm_head\.weight"), ("packed", "int8"), ("shape", "size mismatch")],
+    [
+        ("gone", r"no tensor lm_head\.weight"),
+        ("packed", "int8"),
+        ("fp8", "float8_e4m3fn"),
+        ("scaled", r"lm_head\.weight with lm_head\.weight_scale_inv"),
+        ("shape", "size mismatch"),
+    ],
 )
 def test_weights_that_are_not_there_are_refused(tmp_path: Path, change: str, named: str) -> None:
     path = save_llama(tmp_path, 3, tied=False) / "model.safetensors"
@@ -87,6 +93,10 @@ def test_weights_that_are_not_there_are_refused(tmp_path: Path, change: str, nam
     weight = tensors.pop("lm_head.weight")
     if change == "packed":
         tensors["lm_head.weight"] = weight.to(torch.int8)
+    if change == "fp8":
+        tensors["lm_head.weight"] = weight.to(torch.float8_e4m3fn)
+    if change == "scaled":
+        tensors |= {"lm_head.weight": weight, "lm_head.weight_scale_inv": torch.ones(1, 1)}
     if change == "shape":
         tensors["lm_head.weight"] = weight[1:].clone()
     save_file(tensors, path, metadata={"format": "pt"})

@@ -111,3 +111,26 @@ def test_extra_ids_are_asked_for_and_come_back() -> None:
     for bad in (None, logprob[1:], np.where(wanted == 7, np.nan, logprob)):
         with pytest.raises(NumericsError, match="extra ids"):
             with_extra(plain, bad, row, "row 0")
+
+
+def test_the_tail_holds_the_extra_ids_that_are_in_it() -> None:
+    """Where float32 leaves nothing of 1; each of them counts once, and those that are listed do
+    not."""
+    rare = np.float32(-16.0)
+    listed = np.log(np.full((3, TOPK), 0.25, np.float32))
+    token_id = np.tile(np.arange(10, 10 + TOPK), (3, 1))
+    sampled = ROW.token[ROW.targets].astype(np.int64)
+    ids = np.full((len(ROW.token) - 1, 1 + TOPK), 10)
+    logprob = np.full(ids.shape, -9.0, np.float32)
+    ids[ROW.targets - 1] = np.concatenate([sampled[:, None], token_id], 1)
+    logprob[ROW.targets - 1] = np.concatenate([np.full((3, 1), rare), listed], 1)
+    ids[:, 0] = ROW.token[1:]
+    extra = np.array([[7, 8], [sampled[1], 8], [11, UNUSED_ID]], np.uint32)
+    row = ScoreRow(ROW.token, ROW.targets, extra)
+    plain = score_row(TokenLogprobs(ids, logprob), row, ScoreSpec(topk=TOPK), "row 0")
+    assert plain.tail_logprob.tolist() == [rare] * 3
+    found = np.full((len(ROW.token) - 2, 2), rare)
+    found[-1, 0] = listed[0, 0]
+    scores = with_extra(plain, found, row, "row 0")
+    expected = rare + np.log([3.0, 2.0, 1.0])
+    assert np.allclose(scores.tail_logprob, expected, 0, 2**-6)

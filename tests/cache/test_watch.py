@@ -14,10 +14,12 @@ import pytest
 
 from stillroom.cache import canary, jsonfile
 from stillroom.cache.claims import Claims, claim_path
+from stillroom.cache.errors import NumericsError
 from stillroom.cache.score import Scorer, score
 from stillroom.cache.store import Cache
 from stillroom.cache.watch import watch
-from tests.cache.fakes import FakeTeacher, make_meta, random_rollouts
+from tests.cache.fakes import FakeTeacher, make_meta, make_rollout, make_table, random_rollouts
+from tests.cache.test_score import Failing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,6 +75,21 @@ def test_a_part_that_another_holds_delays_nothing_that_is_new(
     watch_until(monkeypatch, scorer, events)
     assert scorer.report.scored == [make_meta(2).name, held]
     assert "new parts; other workers have claimed 1" in capsys.readouterr().err
+
+
+def test_a_part_that_cannot_be_scored_ends_no_service(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = add(cache, 1), make_meta(2).name
+    assert cache.add_part(make_table([make_rollout(prompt=[39], completion=[1])]), make_meta(2))
+    error = NumericsError("row 0", "finite teacher logits", "nan", "Do.")
+    scorer = Scorer(cache, Failing(error, token=39))
+    watch_until(monkeypatch, scorer, {2: lambda: add(cache, 3)})
+    assert scorer.report.scored == [good, make_meta(3).name]
+    said = capsys.readouterr().err
+    assert said.count(f"score: {bad} is left out: {bad}, row 0: expected finite") == 1
+    assert not Claims(cache.storage).is_held(bad)
+    assert score(cache, FakeTeacher()).scored == [bad], "another teacher may do it"
 
 
 def test_the_teacher_stays_and_its_canary_is_scored_every_hour(

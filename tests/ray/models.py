@@ -2,6 +2,7 @@
 they run."""
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -65,6 +66,21 @@ class GatedSampler:
 def load_teacher(gate: Path, _cache: Cache) -> Teacher:
     """What a process of the pool calls."""
     return GatedTeacher(gate)
+
+
+class DeadlyTeacher(FakeTeacher):
+    """Kills its process at a part of one row of two tokens."""
+
+    def score(self, rows: Sequence[ScoreRow], spec: ScoreSpec) -> Iterator[tuple[int, RowScores]]:
+        """See `teacher.Teacher`."""
+        if [len(row.token) for row in rows] == [2]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from super().score(rows, spec)
+
+
+def load_deadly(_cache: Cache) -> Teacher:
+    """A teacher that kills its process at a part of one row of two tokens."""
+    return DeadlyTeacher()
 
 
 def load_other(_cache: Cache) -> Teacher:

@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 import pytest
 
-from stillroom.cache.errors import MismatchError
+from stillroom.cache.claims import Claims
+from stillroom.cache.errors import CorruptError, MismatchError, MissingError
 from stillroom.cache.ray_config import RayConfig
 from stillroom.cache.score import score
 from stillroom.cache.score_on_ray import score_on_ray
 from stillroom.cache.store import Cache
-from tests.cache.fakes import FakeTeacher, make_meta, random_rollouts
-from tests.ray.models import load_other, teacher_at
+from tests.cache.fakes import FakeTeacher, make_meta, make_rollout, make_table, random_rollouts
+from tests.ray.models import load_deadly, load_other, teacher_at
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")]
 Report = TypeVar("Report")
@@ -94,3 +95,31 @@ def test_another_teacher_is_the_drivers_error(cluster: Any, cache: Cache, gate: 
         score_on_ray(cache, load_other, RayConfig())
     assert type(caught.value) is MismatchError
     assert cache.unscored() == [make_meta(99).name]
+
+
+def test_parts_that_others_hold_come_last(cluster: Any, cache: Cache, gate: Path) -> None:
+    gate.touch()
+    held, other = cache.parts()[0], Claims(cache.storage)
+    assert other.take(held)
+    job = in_thread(lambda: score_on_ray(cache, teacher_at(gate), RayConfig()))
+    wait_for(job, lambda: cache.unscored() == [held])
+    other._put(held, working=False)
+    report = job.result(120)
+    assert (sorted(report.scored), report.lost) == (cache.parts(), [])
+
+
+def test_parts_that_fail_or_kill_are_named_once_all_others_are_done(
+    cluster: Any, cache: Cache
+) -> None:
+    good = cache.parts()
+    table = make_table([make_rollout(prompt=[1], completion=[2])])
+    assert cache.add_part(table, make_meta(98))
+    with pytest.raises(MissingError, match=f"^part {make_meta(98).name} on Ray: .* died 5 times"):
+        score_on_ray(cache, load_deadly, RayConfig())
+    assert sorted(cache.commits()) == good
+    path = cache.storage.folder / f"rollouts/{make_meta(98).name}.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    cache.add_part(random_rollouts(99, 2), make_meta(99))
+    with pytest.raises(CorruptError, match=make_meta(98).name):
+        score_on_ray(cache, load_deadly, RayConfig())
+    assert cache.unscored() == [make_meta(98).name]

@@ -28,6 +28,7 @@ def test_the_commands_run_on_a_ray_of_their_own(
     for command in (
         ["init", *root, *teacher, "--topk", "8"],
         ["rollout", *root, *student, *sampler, *plan, *ray],
+        ["score", *root, *teacher, *ray, "--ray.num-gpus", "1000"],
         ["score", *root, *teacher, *ray],
     ):
         ran = subprocess.run(
@@ -38,8 +39,9 @@ def test_the_commands_run_on_a_ray_of_their_own(
             text=True,
             timeout=200,
         )
-        assert ran.returncode == 0, ran.stderr[-4000:]
-        said.append(ran.stdout)
+        assert ran.returncode == (2 if "1000" in command else 0), ran.stderr[-4000:]
+        said.append(ran.stdout + ran.stderr)
     assert "2 of 2 parts added, 6 rollouts" in said[1]
-    assert "2 parts" in said[2]
+    assert "ray.num_cpus, num_gpus: expected a machine with 0.5 CPUs and 1000 GPUs" in said[2]
+    assert "2 parts" in said[3]
     assert Cache.open(tmp_path / "cache").unscored() == []

@@ -1,5 +1,6 @@
 """The rollout job: planned units have fixed names, and are sampled once however often it runs."""
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stillroom.cache.claims import Claims
 from stillroom.cache.errors import ConfigError, InputError, NumericsError
 from stillroom.cache.part import part_name, rollout_id
 from stillroom.cache.store import Cache
 from stillroom.replay.cycle import Cycle, Unit, plan_cycle
-from stillroom.replay.rollout import rollout
+from stillroom.replay.rollout import UnitSampler, rollout
 from stillroom.replay.sampler import Sampled, SamplerConfig
 from tests.replay.conftest import IDENTITY, make_prompts
 
@@ -232,3 +234,23 @@ def test_the_teacher_may_sample_too(empty_cache: Cache) -> None:
     table, _, _ = empty_cache.read_part(empty_cache.parts()[0])
     assert set(table["source"].to_pylist()) == {"teacher"}
     assert cycle.units[0].id != plan(unit_rollouts=100).units[0].id
+
+
+def test_a_part_that_is_being_scored_is_waited_for_no_longer(
+    empty_cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scorer claims it by the same name as its sampler did."""
+    cycle, claims = plan(), Claims(empty_cache.storage)
+    part = part_name(0, cycle.units[0].id)
+    assert claims.take(part)
+    looks: list[float] = []
+
+    def finish(seconds: float) -> None:
+        looks.append(seconds)
+        other = UnitSampler(empty_cache, cycle, FakeSampler())
+        other._sample(part, lambda: None)
+        assert other.report.added == [part]
+
+    monkeypatch.setattr(time, "sleep", finish)
+    assert len(rollout(empty_cache, cycle, FakeSampler().make).added) == 2
+    assert len(looks) == 1

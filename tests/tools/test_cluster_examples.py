@@ -16,7 +16,7 @@ from stillroom.tools.jobs import RolloutJob, ScoreJob
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 JOBS: dict[str, type[Any]] = {"score": ScoreJob, "rollout": RolloutJob}
 SCRIPTS = ["slurm/score.sbatch", "slurm/rollout.sbatch", "ray/score.sh"]
-SLURM = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
+SLURM = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MAX": "7"}
 PATHS = {name: f"/shared/{name}" for name in ("ROOT", "TEACHER", "STUDENT", "PROMPTS")}
 
 

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from stillroom.cache import jsonfile
 from stillroom.cache.claims import Claims, claim_path
+from stillroom.cache.part import part_name
 from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
 from stillroom.tools import doctor_local, doctor_storage
@@ -100,6 +103,34 @@ def test_a_store_that_deletes_nothing_says_what_stays(s3: S3, level: Any) -> Non
     assert all(entry.path.startswith("probe/") for entry in Storage(root).list_all())
 
 
+def test_one_refused_delete_is_one_object(s3: S3, run: Any) -> None:
+    s3.proxy.misbehave("deny", "DELETE", times=1)
+    s3.proxy.misbehave("deny", "POST", times=1)
+    root = s3.new_root()
+    out = run("doctor", root, *SMALL, "--json").json()
+    (said,) = (f["got"] for f in out["findings"] if f["what"] == "deleting, for gc")
+    s3.proxy.behave()
+    left = len(Storage(root).list_all())
+    assert left in (1, 2)
+    assert said.startswith(f"{left} objects below probe/ stay")
+
+
+@pytest.mark.dist
+def test_nothing_stays_where_it_is_told_to_end(tmp_path: Path) -> None:
+    root = tmp_path / "a" / "cache"
+    command = [str(Path(sys.executable).parent / "stillroom"), "doctor", str(root)]
+    with subprocess.Popen([*command, "--size-mb", "1024"], stderr=subprocess.PIPE) as process:
+        until = time.monotonic() + 60
+        while len([*root.glob("probe/*")]) < 8 and process.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        assert process.poll() is None
+        os.kill(process.pid, signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, b"stillroom: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_in_place_of_the_root_is_bad(tmp_path: Path, level: Any) -> None:
     (tmp_path / "file").write_text("x")
     assert level(tmp_path / "file" / "cache")["put if absent"] == "bad"
@@ -175,7 +206,7 @@ def test_a_damaged_identity_is_bad(damaged: Path, level: Any) -> None:
 
 TAKE = (
     "import sys; from stillroom.cache.claims import Claims; from stillroom.cache.storage import "
-    "Storage; assert Claims(Storage(sys.argv[1])).take(sys.argv[2])"
+    "Storage; assert all(map(Claims(Storage(sys.argv[1])).take, sys.argv[2:]))"
 )
 
 
@@ -190,6 +221,22 @@ def test_claims_of_a_worker_that_ended_are_found(damaged: Path, level: Any, run:
     claim = jsonfile.load_sealed(cache.storage.get(claim_path(second)), "claim")
     assert f"1 left by dead workers, such as {second} by {claim['host']} {claim['pid']}" in ran.out
     assert "1 parts are being scored" in ran.out
+
+
+def test_claims_of_rollouts_are_found(damaged: Path, level: Any, run: Any) -> None:
+    """Their parts are not there yet; claims of parts that are scored or retired count no more."""
+    cache, planned = Cache.open(damaged), part_name(1, "ab" * 8)
+    claimed = [planned, *cache.commits(), *cache.retired()]
+    subprocess.run([sys.executable, "-c", TAKE, str(damaged), *claimed], check=True)
+    ran = run("doctor", damaged, *SMALL)
+    assert (
+        f"0 parts are being scored, of 2 that are to be; 1 left by dead workers, such as {planned}"
+        in (" ".join(ran.out.split()))
+    )
+    assert f"The next 'stillroom rollout' takes over {planned}" in ran.out
+    assert Claims(cache.storage).take(planned)
+    assert level(damaged)["claims"] == "ok"
+    assert "; 1 are being sampled" in run("doctor", damaged, *SMALL).out
 
 
 def test_sizes_out_of_range_are_refused(tmp_path: Path, run: Any) -> None:

@@ -7,9 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.store import Cache
 from stillroom.tools.estimate_costs import Requests
+from stillroom.tools.estimate_work import count_planned
+from stillroom.tools.jobs import RolloutJob
+from stillroom.train.settings import load_yaml
 from tests.cache.s3 import S3
+from tests.vocabularies import reordered
 
 pytestmark = pytest.mark.usefixtures("quiet_jobs")
 
@@ -118,7 +123,8 @@ def test_before_there_is_a_cache(
 ) -> None:
     plan = tmp_path / "rollout.yaml"
     plan.write_text(
-        f"root: r\nprompts: {{source: {prompts_file}}}\nsampler: {{max_new_tokens: 5}}\n"
+        f"root: {tmp_path}/./none\nprompts: {{source: {prompts_file}}}\n"
+        "sampler: {max_new_tokens: 5}\n"
     )
     given = ["--root", tmp_path / "none", "--teacher.model", teacher_dir, "--rollout", plan]
     ran = run("estimate", *given, "--topk", 4, "--trial-rows", 4)
@@ -166,3 +172,78 @@ def test_nothing_to_score(flags: Any, run: Any) -> None:
     assert ran.status == 0, ran.err
     assert "to be scored: 0 parts" in ran.out
     assert "rollouts that are scored already" in ran.out
+
+
+def test_the_part_to_score_again_is_counted(flags: Any, tmp_path: Path, run: Any) -> None:
+    given = flags(parts=2)
+    first, second = Cache.open(tmp_path / "cache").parts()
+    assert run("estimate", *given, "--again", first).status == 2, "it is not scored"
+    assert run("score", *given).status == 0
+    Cache.open(tmp_path / "cache").add_rollouts(rows(9), policy_version=0)
+    found = run("estimate", *given, "--again", first, "--trial-rows", 0, "--json").json()
+    assert (found["unscored"]["parts"], found["unscored"]["rollouts"]) == (2, 2 * ROWS)
+    assert second not in Cache.open(tmp_path / "cache").unscored()
+
+
+def test_how_score_runs_is_for_its_file_alone(flags: Any, tmp_path: Path, run: Any) -> None:
+    given, settings = flags(parts=1), tmp_path / "score.yaml"
+    settings.write_text(
+        f"root: {given[1]}\nteacher: {{model: {given[3]}, device: cpu}}\nengine: ray\n"
+        "ray: {workers: [1, 2]}\naccept_numerics: true\nwatch_s: 5\n"
+    )
+    assert run("estimate", settings, "--trial-rows", 0).status == 0
+    for flag in (["--watch"], ["--engine", "ray"], ["--rank", 0], ["--ray.num-gpus", 1]):
+        assert run("estimate", settings, *flag).status == 2
+
+
+def plan_of(root: Path, prompts: Path, student: Path | None = None, samples: int = 2) -> str:
+    """Settings of a rollout job."""
+    named = "" if student is None else f"student: {student}\n"
+    return (
+        f"root: {root}\n{named}prompts: {{source: {prompts}}}\n"
+        f"sampler: {{max_new_tokens: 5, samples_per_prompt: {samples}, device: cpu}}\n"
+        "refresh: {prompts_per_cycle: 6, unit_rollouts: 4}\n"
+    )
+
+
+def test_a_stored_plan_has_its_own_settings(
+    flags: Any, tmp_path: Path, student_dir: Path, prompts_file: Path, run: Any
+) -> None:
+    given, plan = flags(parts=0), tmp_path / "rollout.yaml"
+    plan.write_text(plan_of(tmp_path / "cache", prompts_file, student_dir))
+    assert run("rollout", plan).status == 0
+    cache = Cache.open(tmp_path / "cache")
+    for part in cache.parts():
+        cache.storage.delete(f"rollouts/{part}.parquet")
+    plan.write_text(plan_of(tmp_path / "cache", prompts_file, samples=7))
+    found = run("estimate", *given, "--rollout", plan, "--trial-rows", 0, "--json").json()
+    assert (found["planned"]["rollouts"], found["planned"]["positions"]) == (12, 60)
+    plan.write_text(plan_of(tmp_path / "other", prompts_file))
+    ran = run("estimate", *given, "--rollout", plan)
+    assert (ran.status, "rollout.yaml, key 'root': expected" in ran.err) == (2, True)
+
+
+def test_the_student_renders_the_prompts(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path, prompts_file: Path, run: Any
+) -> None:
+    """Its ids are others than the teacher's, and it need not be named: it is policy 0."""
+    other = tmp_path / "other"
+    reordered(teacher_dir, other, more=["m1", "m2"])
+    teacher = ["--root", tmp_path / "cache", "--teacher.model", other, "--teacher.device", "cpu"]
+    plan = tmp_path / "rollout.yaml"
+    plan.write_text(plan_of(tmp_path / "cache", prompts_file, student_dir))
+    ran = run("estimate", *teacher, "--rollout", plan)
+    assert (ran.status, "init --student" in ran.err) == (2, True)
+    assert run("init", *teacher, "--student", student_dir, "--topk", 8).status == 0
+    plan.write_text(plan_of(tmp_path / "cache", prompts_file))
+    cache = Cache.open(tmp_path / "cache")
+    job = load_yaml(RolloutJob, str(plan))
+    _, prompts = count_planned(cache, cache.identity, job, inspect_model(str(other)))
+    from transformers import AutoTokenizer
+
+    text = AutoTokenizer.from_pretrained(student_dir).decode(prompts[0].tolist())
+    assert "count 0: abc" in text
+    assert run("estimate", *teacher, "--rollout", plan, "--trial-rows", 3).status == 0
+    cache.storage.delete("policies/000000.json")
+    ran = run("estimate", *teacher, "--rollout", plan)
+    assert (ran.status, "expected a student; got none" in ran.err) == (2, True)

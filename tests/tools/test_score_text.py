@@ -19,6 +19,8 @@ def test_rates_and_the_model_s_share(capsys: pytest.CaptureFixture[str]) -> None
     assert model.startswith("score: the teacher's model ran 70% of the time;")
     print_scored(ScoreReport())
     assert capsys.readouterr().out.count("\n") == 1
+    print_scored(ScoreReport(too_long=["d", "e"]))
+    assert "\nscore: 2 parts are not scored, such as d: they have rows" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("quiet_jobs")

@@ -74,6 +74,8 @@ def test_a_rank_helps_until_all_is_done(
         ("score", ["--engine", "ray", "--rank", 1], "rank, world_size: expected none"),
         ("rollout", ["--engine", "ray", "--world-size", 2], "rank, world_size: expected none"),
         ("score", ["--engine", "ray", "--watch"], "watch: expected the engine local"),
+        ("score", ["--again", "v000000-0", "--watch"], "again: expected no --watch with it"),
+        ("score", ["--too-long", "cut"], "too_long: expected one of"),
         ("score", ["--watch-s", 0], "watch_s: expected a finite number above 0"),
         ("score", ["--ray.workers", 2, 1], "ray.workers: expected at least 1"),
         ("score", ["--ray.num-gpus", -1], "ray.num_cpus, num_gpus: expected 0 or more"),
@@ -120,3 +122,28 @@ def test_a_service_scores_what_arrives_and_ends_well(
     assert "score: waiting for new parts" in err
     for part in parts:
         assert not jsonfile.load_sealed(cache.storage.get(claim_path(part)), "claim")["working"]
+
+
+@pytest.mark.usefixtures("quiet_jobs")
+def test_rows_that_are_too_long_for_the_engine(
+    flags: dict[str, list[object]], tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stillroom.cache.transformers_teacher import TransformersTeacher
+
+    assert run("init", *flags["init"]).status == 0
+    assert run("rollout", *flags["rollout"]).status == 0
+    cache = Cache.open(tmp_path / "cache")
+    lengths = {part: int(cache.row_lengths(part).max()) for part in cache.parts()}
+    longest = max(lengths.values())
+    fit = [part for part, length in lengths.items() if length < longest]
+    monkeypatch.setattr(TransformersTeacher, "longest_row", longest - 1, raising=False)
+    ran = run("score", *flags["score"])
+    assert ran.status == 2
+    assert f"rows to score: expected at most {longest - 1} tokens" in ran.err
+    assert cache.commits() == {}
+    ran = run("score", *flags["score"], "--too-long", "skip")
+    assert ran.status == 1, ran.err
+    assert f"{3 - len(fit)} parts are not scored, such as " in ran.out
+    assert sorted(cache.commits()) == fit
+    ran = run("estimate", *flags["score"], "--too-long", "skip")
+    assert ran.status == 0, ran.err

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stillroom.cache.errors import MissingError
 from stillroom.cache.schema import UNUSED_ID
 from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
@@ -148,8 +149,13 @@ def test_yaml_file_of_a_job(flags: Any, tmp_path: Path, teacher_dir: Path, run: 
     assert "topk = 4" in ran.err
 
 
+def no_teacher(*_: object) -> None:
+    """A teacher that does not load."""
+    raise MissingError("the teacher", "a package", "none", "Install it.")
+
+
 def test_a_damaged_part_is_scored_again(
-    flags: Any, tmp_path: Path, student_dir: Path, run: Any
+    flags: Any, tmp_path: Path, student_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "cache"
     for command in ("init", "rollout", "score"):
@@ -161,6 +167,10 @@ def test_a_damaged_part_is_scored_again(
     data[len(data) // 3] ^= 1
     damaged.write_bytes(data)
     assert run("verify", root).status == 1
+    with monkeypatch.context() as broken:
+        broken.setattr("stillroom.tools.scoring.load_teacher", no_teacher)
+        assert run("score", *flags["score"], "--again", part).status == 2
+    assert Cache.open(root).commits()[part] == 0, "it is set aside once a teacher is there"
     ran = run("score", *flags["score"], "--again", "v000000-0000000000000000")
     assert ran.status == 2
     assert "v000000-0000000000000000: expected a commit" in ran.err

@@ -371,6 +371,14 @@ def kill_while_it_refreshes(setup: Setup, teacher: Path, prompts: Path, save_ste
         child.wait()
 
 
+def test_weights_that_a_killed_run_left_are_removed(make_setup: Callable[..., Setup]) -> None:
+    setup = make_setup()
+    left = setup.root.parent / "out" / ".sampled-replay"
+    (left / "student").mkdir(parents=True)
+    setup.trainer()
+    assert not left.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_run_that_is_killed_before_its_first_checkpoint_starts_again(

@@ -17,6 +17,7 @@ from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.teacher import TeacherConfig
 from stillroom.cache.vllm_config import VllmConfig
 from stillroom.cache.vllm_engine import VllmEngine
+from stillroom.cache.vllm_start import start
 from stillroom.replay.sampler import SamplerConfig
 from tests.conftest import VOCAB, save_tokenizer
 
@@ -69,6 +70,21 @@ def in_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in IN_PROCESS.items():
             patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _engines_live_on() -> Iterator[None]:
+    """An engine that is freed takes the process groups of all others in its process with it."""
+    kept = []
+
+    def start_and_keep(*arguments: Any) -> Any:
+        engine = start(*arguments)
+        kept.append(engine)
+        return engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stillroom.cache.vllm_engine.start", start_and_keep)
         yield
 
 

@@ -193,6 +193,7 @@ def test_exact_scores_are_those_of_transformers(
 ) -> None:
     config = teacher_config(padded_model, exact_tail=True, head_rows=7)
     teacher = VllmTeacher(inspect_model(str(padded_model)), config, exact_engine)
+    assert teacher.numeric_class.endswith("-hidden")
     rows = random_rows(2, (2, 40, MAX_LENGTH, 17, 90), spec.extra)
     assert_same(in_order(teacher, rows, spec), reference(padded_model, rows, spec))
 
