@@ -5,6 +5,7 @@ import os
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than all these tests
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or all engines share one core
 
 from collections.abc import Iterator
 from contextlib import contextmanager

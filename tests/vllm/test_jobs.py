@@ -50,7 +50,7 @@ def test_rollout_and_score(tmp_path: Path, teacher_model: Path, prompts_file: Pa
     run(IN_PROCESS, "rollout", "--root", root, *prompts, *sampler, *sizes)
     shutil.copytree(root, other)
     vllm = ("--teacher.backend", "vllm", "--teacher.vllm.engine-args", arguments)
-    run({"VLLM_CPU_OMP_THREADS_BIND": "nobind"}, "score", "--root", root, *teacher, *vllm)
+    run({}, "score", "--root", root, *teacher, *vllm)
     assert main(["score", "--root", str(other), *map(str, teacher), "--teacher.device=cpu"]) == 0
     ours, theirs = Cache.open(root), Cache.open(other)
     (part,) = ours.parts()
