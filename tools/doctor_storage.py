@@ -103,7 +103,7 @@ class Trial:
             do = "The storage is not consistent: use another one."
             return Finding(level="bad", what="clock", got="a new object is not there", do=do)
         self.clock_offset_s = entry.modified - (before + after) / 2
-        got = f"the store's is {self.clock_offset_s:+.0f} s from this machine's"
+        got = f"the store's is {round(self.clock_offset_s):+d} s from this machine's"
         apart = abs(self.clock_offset_s)
         figures = {"clock_offset_s": self.clock_offset_s}
         level: Level = "ok"
