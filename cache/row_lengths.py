@@ -13,7 +13,8 @@ TOO_LONG = ("refuse", "skip")
 
 class RowLengths:
     """The lengths of a cache's rows against what a teacher reads. Parts are only read where it
-    reads less than the cache's model does.
+    reads at least two tokens less than the cache's model does: a server reads one less at best, and
+    a row of just that length shows where it is scored.
 
     Args:
         cache: where the parts lie.
@@ -32,7 +33,7 @@ class RowLengths:
         self.too_long: dict[str, int] = {}
         """Parts that were found to have rows that are too long, and how many."""
         self._cache = cache
-        self._longest = longest if longest and longest < cache.identity.max_length else None
+        self._longest = longest if longest and longest < cache.identity.max_length - 1 else None
         self._fit: set[str] = set()
 
     def fitting(self, parts: Sequence[str]) -> list[str]:

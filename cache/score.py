@@ -17,11 +17,18 @@ from stillroom.cache.agreement import check_agreement
 from stillroom.cache.canary import CanaryCheck
 from stillroom.cache.check_rows import check_rows
 from stillroom.cache.claims import Claims
-from stillroom.cache.errors import CorruptError, InputError, NumericsError, StillroomError
+from stillroom.cache.errors import (
+    CorruptError,
+    InputError,
+    MismatchError,
+    NumericsError,
+    StillroomError,
+)
 from stillroom.cache.outlook import Outlook
 from stillroom.cache.part_arrays import part_arrays
 from stillroom.cache.progress import Progress
 from stillroom.cache.row_lengths import RowLengths
+from stillroom.cache.schema import Arrays
 from stillroom.cache.score_rows import score_columns, score_rows
 from stillroom.cache.shard_writer import ScoredBy
 from stillroom.cache.shared_work import SharedWork
@@ -131,7 +138,8 @@ class Scorer:
         to do; then this one waits, and takes over what they do not finish.
 
         Raises:
-            MismatchError: the teacher does not compute what the cache holds.
+            MismatchError: the teacher does not compute what the cache holds, or answers for other
+                tokens.
             NumericsError: it gave NaN or infinite logits; names the part and the row. Nothing of
                 the part is committed, and all others were scored first.
             InputError, CorruptError: a part cannot be scored or read; all others were scored first.
@@ -166,7 +174,8 @@ class Scorer:
         try:
             _score_part(self.cache, self._teacher, part, self.report, progress, self._outlook)
         except PART_ERRORS as error:
-            self.failed[part] = error
+            # a new one, as frames hang on this one, and with them a batch of the teacher
+            self.failed[part] = type(error)(error.where, error.expected, error.got, error.do)
             print(f"  score: {part} is left out: {error}", file=sys.stderr, flush=True)
         self.report.work_s += time.perf_counter() - start
         self.report.model_s += self._model_s() - model_s
@@ -241,7 +250,7 @@ def _score_part(
     scores = _run_teacher(cache, teacher, part, score_rows(arrays), progress, outlook)
     teacher_s = time.perf_counter() - start
     arrays |= score_columns(scores)
-    check_agreement(arrays, part)
+    _check_scores(arrays, part)
     commit = cache.add_shard(
         meta, rollouts_hash, arrays, ScoredBy(teacher_s=teacher_s, scorer=_scorer(teacher))
     )
@@ -251,6 +260,14 @@ def _score_part(
     report.scored.append(part)
     report.positions += commit.positions
     report.teacher_s += teacher_s
+
+
+def _check_scores(arrays: Arrays, part: str) -> None:
+    """Scores that are not of their tokens are the engine's fault, and no part's."""
+    try:
+        check_agreement(arrays, part)
+    except CorruptError as error:
+        raise MismatchError(error.where, error.expected, error.got, error.do) from error
 
 
 def _run_teacher(

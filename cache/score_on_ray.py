@@ -1,7 +1,8 @@
 """The score job on Ray: each process of a pool loads the teacher once, and scores parts with the
 same claims and commits as any other scorer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 
@@ -9,7 +10,7 @@ from stillroom.cache.errors import StillroomError
 from stillroom.cache.progress import Progress
 from stillroom.cache.ray_config import RayConfig
 from stillroom.cache.ray_pool import Do, Outcome, address_of, run_on_ray
-from stillroom.cache.score import Scorer, ScoreReport, raise_first
+from stillroom.cache.score import PART_ERRORS, Scorer, ScoreReport, raise_first
 from stillroom.cache.store import Cache
 from stillroom.cache.teacher import Teacher
 
@@ -46,7 +47,7 @@ def score_on_ray(
     parts, report = cache.unscored(), ScoreReport()
     if not parts:
         return report
-    make = partial(_make_scorer, address_of(cache), load, accept_numerics, too_long)
+    make = partial(_make_scorer, address_of(cache), load, accept_numerics, too_long, parts)
     failed: dict[str, StillroomError] = {}
     with Progress("score on Ray", len(parts), "parts") as progress:
         for outcome in run_on_ray(parts, make, config, wants_gpu=wants_gpu):
@@ -65,19 +66,24 @@ def score_on_ray(
 
 
 def _make_scorer(
-    root: str, load: Callable[[Cache], Teacher], accept_numerics: bool, too_long: str
+    root: str,
+    load: Callable[[Cache], Teacher],
+    accept_numerics: bool,
+    too_long: str,
+    parts: Sequence[str],
 ) -> Do:
     cache = Cache.open(root)
     scorer = Scorer(cache, load(cache), accept_numerics=accept_numerics, too_long=too_long)
     if too_long == "refuse":
-        scorer.fitting(cache.unscored())
+        scorer.fitting(sorted({*parts}.intersection(cache.unscored())))
     return partial(_score_one, scorer)
 
 
 def _score_one(scorer: Scorer, part: str, waits: bool) -> Outcome | None:
     committed, before = len(scorer.report.scored), _figures(scorer.report)
     if waits:
-        scorer.score([part])
+        with suppress(*PART_ERRORS):  # they are told below
+            scorer.score([part])
     elif scorer.score_free([part]):
         return None
     more = {name: value - before[name] for name, value in _figures(scorer.report).items()}

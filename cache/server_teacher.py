@@ -78,9 +78,10 @@ class ServerTeacher:
             StorageError: no server answers.
         """
         self._check(spec)
+        longest = min(self._files.max_length, self.longest_row or self._files.max_length)
         for i, row in enumerate(rows):
-            if len(row.token) > self._files.max_length:
-                expected = f"at most the teacher's {self._files.max_length} tokens"
+            if len(row.token) > longest:
+                expected = f"at most the teacher's {longest} tokens"
                 got, do = f"{len(row.token)} tokens", "Sample shorter completions."
                 raise InputError(f"row {i}", expected, got, do)
         if not rows:

@@ -169,10 +169,15 @@ def start_engine(files: ModelFiles, config: TeacherConfig, *, as_arrays: bool = 
 
 
 def _load_head(files: ModelFiles, config: TeacherConfig) -> "OutputHead":
+    import torch
+
     from stillroom.cache.causal_lm import pick_device
     from stillroom.cache.vllm_head import OutputHead
 
-    return OutputHead(files, config.dtype, pick_device(config.device))
+    device = config.device  # auto: vLLM's, which is the first GPU that it sees, whatever the rank
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return OutputHead(files, config.dtype, pick_device(device))
 
 
 def _needs_exact(expected: str, got: str) -> ConfigError:

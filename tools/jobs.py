@@ -128,9 +128,6 @@ class ScoreJob:
         if self.watch and self.engine == "ray":
             do = "Start scorers with --watch on the nodes, or score in turns with --engine ray."
             raise ConfigError("watch", "the engine local", "ray", do)
-        if self.watch and self.again is not None:
-            do = "Score the part again first, and watch then."
-            raise ConfigError("again", "no --watch with it", "both", do)
 
 
 def _check_engine(engine: str, rank: int | None, world_size: int | None) -> None:

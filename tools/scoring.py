@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from stillroom.cache.errors import ConfigError
+from stillroom.cache.errors import ConfigError, InputError, MissingError
 from stillroom.cache.load_teacher import load_teacher
 from stillroom.cache.score import Scorer, ScoreReport
 from stillroom.cache.score_on_ray import score_on_ray
@@ -27,32 +27,48 @@ def score_all(job: ScoreJob) -> int:
     if job.again is not None and worker.world_size > 1:
         got, do = f"{worker.world_size} workers", "Let one worker do it, then start the others."
         raise ConfigError("again", "one worker", got, do)
+    _check_again(job)
     cache = Cache.open(job.root)
+    if job.again is not None and not cache.is_scored(job.again):
+        do = "Score it with 'stillroom score'."
+        raise MissingError(f"part {job.again}", "a commit", "none", do)
     teacher_of(job, cache)
     if not (job.watch or job.again or cache.unscored()):
         say(f"score: nothing to do, {len(cache.commits())} parts are scored")
         return 0
     with ends_when_told():
         if job.engine == "ray":
-            _set_aside(job, cache)
             report = _on_ray(job, cache)
         elif job.watch:
             report = _until_told(job, cache, worker)
         else:
             scorer = _scorer(job, cache, worker)
             if job.again is not None:
-                scorer.prepare()
-                scorer.fitting([job.again])
-            _set_aside(job, cache)
+                _set_aside(job.again, scorer)
             scorer.score(cache.unscored())
             report = scorer.report
     print_scored(report)
     return 1 if report.too_long else 0
 
 
-def _set_aside(job: ScoreJob, cache: Cache) -> None:
-    if job.again is not None:
-        cache.quarantine(job.again, "scored again by request", damaged=False)
+def _check_again(job: ScoreJob) -> None:
+    if job.again is None:
+        return
+    if job.watch:
+        do = "Score the part again first, and watch then."
+        raise ConfigError("again", "no --watch with it", "both", do)
+    if job.engine == "ray":
+        do = "Score the part again with the engine local."
+        raise ConfigError("again", "the engine local", "ray", do)
+
+
+def _set_aside(part: str, scorer: Scorer) -> None:
+    """Take a part's scores out of use, once nothing is known that would keep it from new ones."""
+    scorer.prepare()
+    if part not in scorer.fitting(sorted({*scorer.cache.unscored(), part})):
+        do = "Give the engine a longer context, or leave its scores as they are."
+        raise InputError(part, "rows that the teacher reads whole", "longer ones", do)
+    scorer.cache.quarantine(part, "scored again by request", damaged=False)
 
 
 def _until_told(job: ScoreJob, cache: Cache, worker: Worker) -> ScoreReport:

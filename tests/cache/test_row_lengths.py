@@ -83,7 +83,8 @@ def test_nothing_is_read_for_a_teacher_that_reads_all(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Cache, "row_lengths", lambda *_: pytest.fail("it was read"))
-    for longest in (None, cache.identity.max_length):
+    most = cache.identity.max_length
+    for longest in (None, most, most - 1):
         assert RowLengths(cache, longest).fitting(["a"]) == ["a"]
     with pytest.raises(ConfigError, match="too_long"):
         RowLengths(cache, 5, "cut")
@@ -126,8 +127,9 @@ def test_a_process_of_ray_does_likewise(cache: Cache) -> None:
     good, bad = add(cache, 1, 2), add(cache, 2, 7)
     make = partial(_make_scorer, cache.storage.root, lambda _: Short(), False)
     with pytest.raises(InputError, match="1 longer ones in 1 parts"):
-        make("refuse")
-    do = make("skip")
+        make("refuse", [good, bad])
+    make("refuse", [good])  # a part that came since the job began is another job's
+    do = make("skip", [good, bad])
     outcomes = [do(part, False) for part in (good, bad)]
     told = [(one["committed"], one["too_long"]) for one in outcomes if one is not None]
     assert told == [(True, False), (False, True)]

@@ -1,15 +1,17 @@
 """The score job: every part once, with the right tokens, and nothing of a part that went wrong."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from stillroom.cache.canary import LENGTHS
 from stillroom.cache.claims import Claims, _Work
 from stillroom.cache.errors import InputError, MismatchError, NumericsError
 from stillroom.cache.schema import Arrays
-from stillroom.cache.score import score
+from stillroom.cache.score import Scorer, score
 from stillroom.cache.store import Cache
 from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec
 from tests.cache.fakes import (
@@ -306,6 +308,35 @@ def test_parts_that_fail_come_last(cache: Cache) -> None:
         score(cache, teacher)
     assert sorted(cache.commits()) == good
     assert not any(Claims(cache.storage).is_held(part) for part in cache.parts())
+
+
+class Shifted(FakeTeacher):
+    """A teacher that scores each sampled token as another one, outside of the canary."""
+
+    def score(self, rows: Sequence[ScoreRow], spec: ScoreSpec) -> Iterator[tuple[int, RowScores]]:
+        """See `teacher.Teacher`."""
+        for index, scores in super().score(rows, spec):
+            own = scores.sampled_logprob
+            wrong = own if len(rows) == len(LENGTHS) else np.full_like(own, -1e-3)
+            yield index, replace(scores, sampled_logprob=wrong)
+
+
+def test_an_engine_that_answers_for_other_tokens_ends_the_job(cache: Cache) -> None:
+    """It would do so for every part."""
+    for number in (1, 2):
+        add(cache, number)
+    scorer = Scorer(cache, Shifted())
+    with pytest.raises(MismatchError, match="answered for other tokens"):
+        scorer.score(cache.unscored())
+    assert (scorer.failed, cache.commits()) == ({}, {})
+
+
+def test_a_part_that_failed_keeps_nothing_in_memory(cache: Cache) -> None:
+    bad = add(cache, 1, [make_rollout(prompt=[39], completion=[1])])
+    scorer = Scorer(cache, Failing(NumericsError("row 0", "finite logits", "nan", "Do."), 39))
+    assert scorer.score_free([bad]) == []
+    error = scorer.failed[bad]
+    assert (error.__traceback__, error.__cause__, error.__context__) == (None, None, None)
 
 
 def test_the_canary_that_fails_is_no_part_that_fails(cache: Cache) -> None:

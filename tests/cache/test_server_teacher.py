@@ -116,6 +116,9 @@ def test_the_longest_row_is_that_of_the_server_that_reads_least() -> None:
         teacher = teacher_of(servers)
         scored(teacher, make_rows(40))
         assert teacher.longest_row == 199
+        longer = ScoreRow(np.zeros(200, np.uint32), np.array([1]))
+        with pytest.raises(InputError, match=r"^row 1: .*199 tokens; got 200 tokens"):
+            teacher.score([*make_rows(1), longer], ScoreSpec(topk=5))
     with serving(protocol="trl") as servers:
         assert teacher_of(servers).longest_row is None
 

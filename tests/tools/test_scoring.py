@@ -64,6 +64,21 @@ def test_a_rank_helps_until_all_is_done(
     assert (ran.status, "again: expected one worker" in ran.err) == (2, True)
 
 
+@pytest.mark.usefixtures("quiet_jobs")
+def test_scores_stay_in_use_where_the_teacher_cannot_give_others(
+    flags: dict[str, list[object]], tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command in ("init", "rollout", "score"):
+        assert run(command, *flags[command]).status == 0
+    cache = Cache.open(tmp_path / "cache")
+    part, *_ = cache.parts()
+    monkeypatch.setattr("stillroom.cache.score.longest_row_of", lambda _: 3)
+    for choice in ("skip", "refuse"):
+        ran = run("score", *flags["score"], "--again", part, "--too-long", choice)
+        assert (ran.status, "longer ones" in ran.err) == (2, True), ran.err
+    assert set(cache.commits().values()) == {0}
+
+
 @pytest.mark.parametrize(
     ("command", "more", "said"),
     [
@@ -75,6 +90,7 @@ def test_a_rank_helps_until_all_is_done(
         ("rollout", ["--engine", "ray", "--world-size", 2], "rank, world_size: expected none"),
         ("score", ["--engine", "ray", "--watch"], "watch: expected the engine local"),
         ("score", ["--again", "v000000-0", "--watch"], "again: expected no --watch with it"),
+        ("score", ["--again", "v000000-0", "--engine", "ray"], "again: expected the engine local"),
         ("score", ["--too-long", "cut"], "too_long: expected one of"),
         ("score", ["--watch-s", 0], "watch_s: expected a finite number above 0"),
         ("score", ["--ray.workers", 2, 1], "ray.workers: expected at least 1"),
