@@ -2,10 +2,12 @@
 this process."""
 
 import os
+from importlib.util import find_spec
 
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than all these tests
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or all engines share one core
+if find_spec("vllm") is not None:  # this file is read wherever all tests are collected
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than these tests
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or engines share one core
 
 from collections.abc import Iterator
 from contextlib import contextmanager
