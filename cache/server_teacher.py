@@ -82,7 +82,8 @@ class ServerTeacher:
         for i, row in enumerate(rows):
             if len(row.token) > longest:
                 expected = f"at most the teacher's {longest} tokens"
-                got, do = f"{len(row.token)} tokens", "Sample shorter completions."
+                got = f"{len(row.token)} tokens"
+                do = "Sample shorter completions, or give the servers a longer --max-model-len."
                 raise InputError(f"row {i}", expected, got, do)
         if not rows:
             return iter(())
