@@ -163,7 +163,7 @@ def test_what_the_server_is_not_set_up_for_is_refused(
     with pytest.raises(ConfigError, match=r"--max-logprobs 13 or more"):
         list(remote.score(rows, ScoreSpec(topk=TOPK + 1)))
     longest = [ScoreRow(np.zeros(160, np.uint32), np.array([4]))]
-    with pytest.raises(InputError, match="159 tokens; got 160 tokens.*--max-model-len"):
+    with pytest.raises(InputError, match=r"159 tokens; got 160 tokens.*--max-model-len"):
         list(remote.score(longest, ScoreSpec(topk=TOPK)))
     other = replace(config, server=replace(config.server, model="student"))
     with pytest.raises(MismatchError, match="the model student; got teacher"):
