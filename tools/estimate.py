@@ -78,8 +78,9 @@ def run_estimate(job: EstimateJob) -> int:
 
 
 def _estimate(job: EstimateJob) -> Estimate:
-    is_there = job.again is not None or Storage(job.root).exists(IDENTITY_PATH)
-    cache = Cache.open(job.root) if is_there else None
+    planned_ahead = job.rollout is not None and job.again is None
+    no_cache = planned_ahead and not Storage(job.root).exists(IDENTITY_PATH)
+    cache = None if no_cache else Cache.open(job.root)
     if cache is None:
         files, id_map = inspect_teacher(job.teacher), None
         identity = new_identity(job, files)

@@ -134,6 +134,8 @@ def test_before_there_is_a_cache(
     assert "the prompts, which are shorter than rollouts" in ran.out
     assert not (tmp_path / "none").exists()
     assert "not known without" in run("estimate", *given, "--trial-rows", 0).out
+    ran = run("estimate", *given[:4])
+    assert (ran.status, "none/cache.json: expected a cache" in ran.err) == (2, True), ran.err
 
 
 def test_requests_to_an_object_store(s3: S3, flags: Any, run: Any) -> None:
