@@ -80,7 +80,8 @@ class Bench:
     output: str = "runs/quality"
     """Quality: folder of the results; cells whose results are there are not run again."""
     only: tuple[str, ...] = ()
-    """Quality: cells to run, such as replay-16.forward.0 or '*.0'; all if nothing is said."""
+    """Quality: cells to run, such as replay-16.forward.0 or '*.0'. Train: losses to measure, like
+    'fused*'. All if nothing is said."""
     report: str | None = None
     """Quality: run nothing, print the table, and draw the curves into this folder."""
     study: Study = field(default_factory=Study)
@@ -158,6 +159,7 @@ def _train(job: Bench) -> int:
         steps=job.steps,
         threads=job.threads,
         with_peers=job.peers,
+        only=job.only,
     )
     if job.json:
         print_json(bench_train.as_json(figures))

@@ -10,8 +10,9 @@ from typing import Any
 
 from stillroom.cache import jsonfile
 from stillroom.cache.errors import MismatchError, MissingError
+from stillroom.tools.bench_only import chosen
 from stillroom.tools.bench_quality_cell import HELD_OUT, START, prepare, result_path, run_cell
-from stillroom.tools.bench_quality_cells import TRL, Cell, Study, cells_of, chosen
+from stillroom.tools.bench_quality_cells import TRL, Cell, Study, cells_of
 from stillroom.train.durable import write_file
 
 STUDY = "study.json"

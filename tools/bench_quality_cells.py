@@ -1,7 +1,6 @@
 """The quality study's settings, and its cells: a method, an objective and a seed each."""
 
-import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ OBJECTIVES = ("forward", "reverse", "jsd")
 """Forward KL; reverse KL (of replay: reverse_kl_rb); JSD of equal weights."""
 COLLAPSE = ("reverse_tail", "reverse_truncated")
 """Reverse KL over buckets, with the tail's and without."""
-TRL, REPLAY, SHUFFLED = "trl", "replay", "shuffled"
+TRL, REPLAY, GROUPED, SHUFFLED = "trl", "replay", "grouped", "shuffled"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,14 +19,15 @@ class Study:
 
     models: str = "~/.cache/stillroom/quickstart"
     """Folder with teacher, student, prompts.jsonl and held_out.jsonl."""
-    updates: int = 32
+    updates: int = 24
     """Optimiser steps of every cell."""
     eval_every: int = 8
     """Updates between measurements."""
     intervals: tuple[int, ...] = (4, 16, 64)
     """Updates between refreshes of replay."""
     control_interval: int = 16
-    """Updates between refreshes of the controls: shuffled scores, and the truncated loss."""
+    """Updates between refreshes of grouped cells and of the controls: shuffled scores, and the
+    truncated loss."""
     refresh_rows: int = 32
     """Rows that a refresh samples; no more than are replayed until the next one."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -87,7 +87,9 @@ class Cell:
     """One training run of the study."""
 
     method: str
-    """trl; replay, or shuffled (replay with the teacher's scores of other positions)."""
+    """trl; replay; grouped (replay of all rollouts of one prompt in an update, which go through the
+    student with their prompt once); or shuffled (replay with the teacher's scores of other
+    positions)."""
     interval: int
     """Updates between refreshes; 0 for TRL, which samples anew for each update."""
     objective: str
@@ -111,23 +113,7 @@ def cells_of(study: Study) -> Iterator[Cell]:
             yield Cell(TRL, 0, objective, seed)
             for interval in study.intervals:
                 yield Cell(REPLAY, interval, objective, seed)
+            yield Cell(GROUPED, study.control_interval, objective, seed)
         yield Cell(SHUFFLED, study.control_interval, "forward", seed)
         for objective in COLLAPSE:
             yield Cell(REPLAY, study.control_interval, objective, seed)
-
-
-def chosen(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
-    """Those whose names match one of the patterns, such as 'replay-16.*.0'; all without any.
-
-    Raises:
-        ConfigError: a pattern matches none.
-    """
-    for pattern in patterns:
-        if not fnmatch.filter([cell.name for cell in cells], pattern):
-            do = f"Name cells like {cells[0].name}, with * for any text."
-            raise ConfigError("only", "a pattern of cells", repr(pattern), do)
-    return [
-        cell
-        for cell in cells
-        if not patterns or any(fnmatch.fnmatchcase(cell.name, p) for p in patterns)
-    ]

@@ -12,7 +12,7 @@ from stillroom.replay.config import StreamConfig
 from stillroom.replay.policies import register_initial
 from stillroom.replay.refresh import RefreshConfig
 from stillroom.replay.transformers_sampler import TransformersSampler
-from stillroom.tools.bench_quality_cells import SHUFFLED, Cell, Study
+from stillroom.tools.bench_quality_cells import GROUPED, SHUFFLED, Cell, Study
 from stillroom.tools.bench_quality_clock import Clock
 from stillroom.tools.bench_quality_held_out import Models, sampler_config
 from stillroom.tools.bench_quality_losses import ShuffledLoss, TruncatedReverseLoss
@@ -78,6 +78,7 @@ def train_config(study: Study, cell: Cell) -> ReplayConfig:
         max_tokens=study.batch_rows * (study.max_prompt_tokens + study.max_new_tokens),
         block_rows=4,
         window_rows=8,
+        group_rows=_samples_per_prompt(study, cell),
         follow_every_steps=cell.interval,
         seed=cell.seed,
     )
@@ -98,12 +99,16 @@ def _refresher(study: Study, cell: Cell, models: Models, teacher: Teacher, root:
     cache = Cache.create(root, identity_of(models.teacher, models.teacher_config, spec))
     register_initial(cache.storage, models.student, "study")
     prompts = models.training_prompts(study, cell.seed)
-    rows = study.rows_of(cell.interval)
+    rows, samples = study.rows_of(cell.interval), _samples_per_prompt(study, cell)
     config = RefreshConfig(
-        prompts_per_cycle=rows, unit_rollouts=rows, max_lag=MAX_LAG, seed=cell.seed
+        prompts_per_cycle=rows // samples, unit_rollouts=rows, max_lag=MAX_LAG, seed=cell.seed
     )
-    sampler = replace(sampler_config(study), samples_per_prompt=1)
+    sampler = replace(sampler_config(study), samples_per_prompt=samples)
     return Refresher(cache, teacher, prompts, sampler, config)
+
+
+def _samples_per_prompt(study: Study, cell: Cell) -> int:
+    return study.batch_rows if cell.method == GROUPED else 1
 
 
 class _ShuffledTrainer(ReplayTrainer):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.cache.progress import Progress
+from stillroom.tools.bench_only import chosen
 from stillroom.tools.bench_train_loss import (
     WAYS,
     LossFigures,
@@ -44,6 +45,7 @@ def bench_train(
     steps: int,
     threads: int,
     with_peers: bool,
+    only: Sequence[str] = (),
 ) -> TrainFigures:
     """Measure training.
 
@@ -56,11 +58,14 @@ def bench_train(
         steps: that are measured of each program.
         threads: of each.
         with_peers: measure TRL's trainer, and the losses of TRL and Liger, where installed.
+        only: patterns of the losses that are measured; all without any.
 
     Raises:
+        ConfigError: a pattern matches no loss.
         MissingError: models or prompts are not there.
     """
     ways = [way for way in WAYS if way.installed and (with_peers or not way.package)]
+    ways = chosen(ways, only)
     with_trl = with_peers and find_spec("trl") is not None
     counts = {name: count * steps for name, count in PROGRAMS.items()}
     counts["step"] += with_trl * steps

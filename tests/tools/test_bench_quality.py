@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -22,9 +23,10 @@ import torch
 from stillroom.cache.errors import ConfigError, MismatchError
 from stillroom.cache.part import policy_of
 from stillroom.cache.store import Cache
+from stillroom.tools.bench_only import chosen
 from stillroom.tools.bench_quality import finished, run_study
 from stillroom.tools.bench_quality_cell import HELD_OUT, START, prepare, result_path, run_cell
-from stillroom.tools.bench_quality_cells import Cell, Study, cells_of, chosen
+from stillroom.tools.bench_quality_cells import Cell, Study, cells_of
 from stillroom.tools.bench_quality_clock import Clock
 
 STUDY = Study(
@@ -123,6 +125,7 @@ def test_a_measurement_is_that_of_the_whole_distributions(study: Study, prepared
     "cell",
     [
         Cell("replay", 2, "forward", 0),
+        Cell("grouped", 2, "forward", 0),
         Cell("shuffled", 2, "forward", 0),
         Cell("replay", 2, "reverse_truncated", 0),
     ],
@@ -140,6 +143,9 @@ def test_a_cell_of_replay(
     assert curve[-1]["cpu_s"] > curve[1]["cpu_s"] > 0
     cache = Cache.open(seen[-1] / "cache")
     positions = [(policy_of(p), cache.commit_of(p).positions) for p in cache.parts()]
+    for part in cache.parts():
+        prompts = Counter(cache.read(part)["prompt_id"].tolist())
+        assert set(prompts.values()) == {4 if cell.method == "grouped" else 1}
     assert [version for version, _ in positions] == [0, 1]
     counted = [p["teacher_positions"] for p in curve]
     assert counted == [0, positions[0][1], sum(n for _, n in positions)]
