@@ -1,11 +1,11 @@
-"""Steps read ahead by threads: blocks are read and decoded by several, and batches packed by one,
-as far ahead as two bounds in bytes allow."""
+"""Steps read ahead by threads: one plans them, several read and decode their blocks, and one packs
+their batches, as far ahead as two bounds in bytes allow."""
 
 import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from stillroom.cache.recycler import Empty
@@ -26,6 +26,7 @@ Plan = Callable[[Position], tuple[Step, Position]]
 class _Coming:
     """A planned step."""
 
+    at: Position
     step: Step
     after: Position
     keys: frozenset[Key]
@@ -47,11 +48,13 @@ class Prefetch:
         self._limit, self._empty = ahead_bytes, empty
         self._readers = ThreadPoolExecutor(threads, "stillroom-read")
         self._packer = ThreadPoolExecutor(1, "stillroom-pack")
+        self._planner = ThreadPoolExecutor(1, "stillroom-plan")
         self._blocks: Blocks[Key, Block] = Blocks(_read, _size, self._readers, cached_bytes)
         self._ahead: deque[tuple[_Coming, Future[Batch]]] = deque()
         self._next: _Coming | None = None
+        self._planning: Future[None] | None = None
         self._finalizer = weakref.finalize(
-            self, _shut_down, os.getpid(), self._readers, self._packer
+            self, _shut_down, os.getpid(), self._readers, self._packer, self._planner
         )
 
     @property
@@ -59,34 +62,19 @@ class Prefetch:
         """Whether the threads have ended."""
         return not self._finalizer.alive
 
-    def fill(self, plan: Plan, at: Position) -> None:
-        """Have steps read, as far ahead as the bounds allow.
+    def take(self, plan: Plan, at: Position) -> tuple[Batch, Position]:
+        """Wait for the step at a position; the one returned is after it. Later steps are planned
+        and read while the caller goes on.
 
         Args:
             plan: plans a step.
-            at: where to begin if none is on its way.
-        """
-        while True:
-            if self._next is None:
-                step, after = plan(self._ahead[-1][0].after if self._ahead else at)
-                self._next = _Coming(step, after, frozenset(step.keys()), step.bytes())
-            if self._ahead and not self._fits(self._next):
-                return
-            coming, self._next = self._next, None
-            self._blocks.want(coming.keys)
-            try:
-                batch = self._packer.submit(_pack, coming, self._blocks, self._empty)
-            except BaseException:
-                self._blocks.release(coming.keys)
-                raise
-            self._ahead.append((coming, batch))
-
-    def take(self) -> tuple[Batch, Position]:
-        """Wait for the first step on its way; the position is the one after it.
+            at: where to begin if no step is on its way, or another one.
 
         Raises:
-            Exception: whatever reading it raised. All steps on their way are dropped then.
+            Exception: whatever planning or reading it raised. All steps on their way are dropped
+                then.
         """
+        self.fill(plan, at)
         coming, batch = self._ahead[0]
         try:
             found = batch.result()
@@ -96,10 +84,32 @@ class Prefetch:
                 self._blocks.settle()
             raise
         self._ahead.popleft()
+        self._planning = self._planner.submit(self._fill, plan, coming.after)
         return found, coming.after
+
+    def fill(self, plan: Plan, at: Position) -> None:
+        """Have the step at a position read, and later ones as far ahead as the bounds allow."""
+        try:
+            self.settle()
+            if self._ahead and self._ahead[0][0].at != at:
+                self.drop()  # an interrupt came between taking a step and noting it
+            if not self._ahead:
+                self._fill(plan, at)
+        except BaseException:
+            self.drop()
+            raise
+
+    def settle(self) -> None:
+        """Wait until steps are planned as far ahead as the bounds allow."""
+        if self._planning is not None:
+            self._planning.result()
+            self._planning = None
 
     def drop(self) -> None:
         """Forget the steps on their way."""
+        if self._planning is not None:
+            wait([self._planning])
+            self._planning = None
         for coming, batch in self._ahead:
             if batch.cancel():
                 self._blocks.release(coming.keys)
@@ -114,8 +124,25 @@ class Prefetch:
         """Drop all, and wait until the threads have ended."""
         self.drop()
         self._finalizer()
-        for pool in (self._packer, self._readers):
+        for pool in (self._planner, self._packer, self._readers):
             pool.shutdown()
+
+    def _fill(self, plan: Plan, at: Position) -> None:
+        while True:
+            if self._next is None:
+                begin = self._ahead[-1][0].after if self._ahead else at
+                step, after = plan(begin)
+                self._next = _Coming(begin, step, after, frozenset(step.keys()), step.bytes())
+            if self._ahead and not self._fits(self._next):
+                return
+            coming, self._next = self._next, None
+            self._blocks.want(coming.keys)
+            try:
+                batch = self._packer.submit(_pack, coming, self._blocks, self._empty)
+            except BaseException:
+                self._blocks.release(coming.keys)
+                raise
+            self._ahead.append((coming, batch))
 
     def _fits(self, coming: _Coming) -> bool:
         ready = sum(ahead.bytes for ahead, _ in self._ahead)

@@ -163,14 +163,7 @@ class ReplayStream:
         """
         self._check_usable()
         self._adopt()
-        self._ahead.fill(self._plan, self._position)
-        batch, after = self._ahead.take()
-        try:
-            self._ahead.fill(self._plan, after)
-        except BaseException:
-            self._ahead.drop()
-            raise
-        self._position = after
+        batch, self._position = self._ahead.take(self._plan, self._position)
         return batch
 
     def skip(self, steps: int) -> None:

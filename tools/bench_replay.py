@@ -42,6 +42,8 @@ ROWS = 12_288
 """A snapshot of at least so many rows: about twice what a stream of the default settings has
 decoded at once, so that it shows how one goes on that does not fit."""
 THREADS = (1, 2, 0)
+EVERYTHING = 1 << 40
+"""More bytes than any measured snapshot has."""
 S3_THREADS = 16
 WAIT_S = 30.0
 PEER_S = 180.0
@@ -59,6 +61,8 @@ class Streamed:
     """An epoch that begins with nothing decoded."""
     later: Delivered
     """The next one."""
+    all_kept: bool = False
+    """Whether the stream may keep every decoded block, so that the next epoch decodes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +84,7 @@ class ReplayFigures:
     copies: int
     topk: int
     streams: list[Streamed]
+    """One of each number of threads; then one with the default threads that keeps all blocks."""
     peers: list[PeerSpeed]
     s3: FromS3 | None
     waited: Waited
@@ -87,8 +92,8 @@ class ReplayFigures:
 
     @property
     def default(self) -> Streamed:
-        """The stream with its default threads, with which the others are compared."""
-        return self.streams[-1]
+        """The stream with its default settings, with which the others are compared."""
+        return next(row for row in reversed(self.streams) if not row.all_kept)
 
 
 def bench_replay(
@@ -120,7 +125,7 @@ def bench_replay(
         replayed = _replayed(found, positions, rows)
         snapshot, config = replayed.source().snapshot, _config(replayed)
         names = loaders() if with_peers else []
-        with Progress("bench", len(THREADS) + len(names) + with_s3 + 2, "figures") as progress:
+        with Progress("bench", len(THREADS) + 1 + len(names) + with_s3 + 2, "figures") as progress:
 
             def done(value: Any) -> Any:
                 progress.advance(1)
@@ -131,7 +136,10 @@ def bench_replay(
                 positions=snapshot.positions,
                 copies=replayed.copies,
                 topk=Cache.open(found).identity.topk,
-                streams=[done(_streamed(replayed, threads)) for threads in THREADS],
+                streams=[
+                    *(done(_streamed(replayed, threads)) for threads in THREADS),
+                    done(_streamed(replayed, 0, all_kept=True)),
+                ],
                 peers=[done(_measured_peer(name, replayed, config)) for name in names],
                 s3=_from_s3(replayed) if with_s3 else None,
                 waited=done(alone(wait, replayed, config, tokens_s, WAIT_S)),
@@ -145,10 +153,13 @@ def _config(replayed: Replayed, threads: int = 0) -> StreamConfig:
     return replace(default, batch_rows=min(default.batch_rows, rows))
 
 
-def _streamed(replayed: Replayed, threads: int) -> Streamed:
+def _streamed(replayed: Replayed, threads: int, *, all_kept: bool = False) -> Streamed:
     config = _config(replayed, threads)
+    if all_kept:
+        config = replace(config, cached_bytes=EVERYTHING)
     first, later = alone(deliver_epochs, replayed, config, 2)
-    return Streamed(threads=config.read_threads(remote=False), first=first, later=later)
+    used = config.read_threads(remote=False)
+    return Streamed(threads=used, first=first, later=later, all_kept=all_kept)
 
 
 def _measured_peer(name: str, replayed: Replayed, config: StreamConfig) -> PeerSpeed:
@@ -220,7 +231,13 @@ def print_figures(figures: ReplayFigures) -> None:
         f" (parts listed {figures.copies} times); packed positions/s:"
     )
     rows: list[tuple[object, ...]] = [
-        _stream_row("Stillroom", row.threads, row.first, row.later) for row in figures.streams
+        _stream_row(
+            "Stillroom, all kept" if row.all_kept else "Stillroom",
+            row.threads,
+            row.first,
+            row.later,
+        )
+        for row in figures.streams
     ]
     if figures.s3:
         rows.append(_stream_row("Stillroom, S3", figures.s3.threads, figures.s3.speed, None))

@@ -45,6 +45,7 @@ def open_stream(
 def settle(stream: ReplayStream) -> Prefetch:
     """Wait until all steps on their way are ready."""
     ahead = stream._ahead
+    ahead.settle()
     assert not wait([batch for _, batch in ahead._ahead], WAIT_S).not_done
     return ahead
 
@@ -137,6 +138,7 @@ def test_not_more_than_so_many_steps_are_ahead(scored_cache: Cache) -> None:
     with open_stream(scored_cache, batch_rows=1) as stream:
         for _ in range(3):
             stream.next_batch()
+            stream._ahead.settle()
             assert len(stream._ahead._ahead) == MOST_STEPS
 
 
@@ -196,7 +198,8 @@ def test_closing_ends_all_threads(scored_cache: Cache) -> None:
     before = own_threads()
     stream = open_stream(scored_cache)
     stream.next_batch()
-    assert len(own_threads() - before) == 3, "two that read and one that packs"
+    stream._ahead.settle()
+    assert len(own_threads() - before) == 4, "two that read, one that plans and one that packs"
     stream.close()
     assert own_threads() == before
     stream.close()

@@ -165,6 +165,8 @@ def test_it_measures_a_caches_own_rows_and_writes_nothing(
     for row in found.streams:
         assert row.first.positions == row.later.positions == found.positions
     assert [row.threads for row in found.streams[:2]] == [1, 2]
+    assert [row.all_kept for row in found.streams] == [False, False, False, True]
+    assert found.default is found.streams[2]
     assert found.s3 is None
 
 
