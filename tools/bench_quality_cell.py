@@ -26,7 +26,7 @@ def prepare(study: Study, output: Path) -> None:
     if not (output / HELD_OUT).exists():
         write_held_out(study, output / HELD_OUT)
     models = Models.of(study)
-    held_out = HeldOut(study, models, models.load_teacher(), output / HELD_OUT)
+    held_out = HeldOut(study, models, output / HELD_OUT)
     write_file(output / START, jsonfile.dump(held_out.measure()))
 
 
@@ -38,8 +38,7 @@ def run_cell(study: Study, cell: Cell, output: Path) -> None:
     from stillroom.tools.bench_quality_held_out import HeldOut, Models
 
     models, clock = Models.of(study), Clock()
-    teacher = models.load_teacher()
-    held_out = HeldOut(study, models, teacher, output / HELD_OUT)
+    held_out = HeldOut(study, models, output / HELD_OUT)
     start = jsonfile.load((output / START).read_bytes(), START)
     curve = [_point(0, 0, clock, start)]
 
@@ -57,7 +56,7 @@ def run_cell(study: Study, cell: Cell, output: Path) -> None:
     else:
         from stillroom.tools.bench_quality_replay import replay_cell
 
-        replay_cell(study, cell, models, teacher, folder, clock, measure)
+        replay_cell(study, cell, models, folder, clock, measure)
     write_file(result_path(output, cell), jsonfile.dump({"curve": curve, "load": os.getloadavg()}))
     shutil.rmtree(folder)
 

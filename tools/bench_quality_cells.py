@@ -19,7 +19,7 @@ class Study:
 
     models: str = "~/.cache/stillroom/quickstart"
     """Folder with teacher, student, prompts.jsonl and held_out.jsonl."""
-    updates: int = 24
+    updates: int = 32
     """Optimiser steps of every cell."""
     eval_every: int = 8
     """Updates between measurements."""
@@ -43,7 +43,7 @@ class Study:
     learning_rate: float = 2e-4
     """Of AdamW without weight decay, constant."""
     topk: int = 64
-    """K of replay and of the measurements."""
+    """K of replay, and of the tokens outside of which a student's tail mass is measured."""
     threads: int = 1
     """CPU threads of a cell."""
 
@@ -74,8 +74,9 @@ class Study:
         return min(self.refresh_rows, interval * self.batch_rows)
 
     def reuse_of(self, interval: int) -> float:
-        """How often each sampled row is replayed, on the average, before the next refresh."""
-        return min(interval, self.updates) * self.batch_rows / self.rows_of(interval)
+        """How often each sampled row is replayed, on the average."""
+        refreshes = -(-self.updates // interval)
+        return self.updates * self.batch_rows / (refreshes * self.rows_of(interval))
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -113,7 +114,7 @@ def cells_of(study: Study) -> Iterator[Cell]:
             yield Cell(TRL, 0, objective, seed)
             for interval in study.intervals:
                 yield Cell(REPLAY, interval, objective, seed)
-            yield Cell(GROUPED, study.control_interval, objective, seed)
+        yield Cell(GROUPED, study.control_interval, "forward", seed)
         yield Cell(SHUFFLED, study.control_interval, "forward", seed)
         for objective in COLLAPSE:
             yield Cell(REPLAY, study.control_interval, objective, seed)

@@ -1,7 +1,7 @@
 """Held-out measurements of the quality study: how far a student is from the teacher on fresh
 rollouts of its own, and on text that the teacher wrote once."""
 
-# Shapes: P scored positions, V vocabulary.
+# Shapes: P positions of a completion, V vocabulary.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,20 +16,30 @@ from stillroom.cache import jsonfile
 from stillroom.cache.causal_lm import head_logits, trunk
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.storage import local_path
-from stillroom.cache.teacher import RowScores, ScoreRow, ScoreSpec, Teacher, TeacherConfig
+from stillroom.cache.teacher import TeacherConfig
 from stillroom.cache.transformers_teacher import TransformersTeacher
 from stillroom.replay.prompts import Prompt, PromptsConfig, load_prompts
 from stillroom.replay.sampler import SamplerConfig
 from stillroom.replay.transformers_sampler import TransformersSampler
 from stillroom.tools.bench_quality_cells import Study
 from stillroom.train.durable import write_file
-from stillroom.train.objectives import divergence, student_bucket_logprob
-from stillroom.train.target import TeacherTarget, teacher_buckets
 
 T = TypeVar("T")
 SEED = 0
 """Of all held-out sampling, so that measurements differ by the student alone."""
 BATCH_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """A held-out prompt with a completion."""
+
+    token: torch.Tensor
+    """(n,) int64, both."""
+    start: int
+    """Where the completion begins."""
+    teacher: torch.Tensor
+    """(P, V) float32, nats: the teacher's logprobs at its positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,79 +105,70 @@ def write_held_out(study: Study, path: Path) -> None:
 
 
 class HeldOut:
-    """Measures students on the held-out prompts.
+    """Measures students on the held-out prompts, over the whole vocabulary.
 
     Args:
         study: the settings.
         models: its models.
-        teacher: loaded.
         path: what `write_held_out` wrote.
     """
 
-    def __init__(self, study: Study, models: Models, teacher: Teacher, path: Path) -> None:
-        """Load a student to sample with, and score the teacher's text."""
+    def __init__(self, study: Study, models: Models, path: Path) -> None:
+        """Load both models, and take the teacher's logprobs on its own text."""
         rows = jsonfile.load(path.read_bytes(), str(path))["rows"]
         self._prompts = [np.array(row["prompt"], np.uint32) for row in rows]
-        written = [np.array(row["completion"], np.uint32) for row in rows]
-        self._teacher, self._spec = teacher, ScoreSpec(topk=study.topk)
-        self._vocab_size = models.student.vocab_size
-        self._student = TransformersSampler(models.student, sampler_config(study))
-        self._written = self._scored(written)
+        self._topk, self._vocab_size = study.topk, models.student.vocab_size
+        self._teacher, self._student = (
+            TransformersSampler(files, sampler_config(study))
+            for files in (models.teacher, models.student)
+        )
+        self._written = self._answers([np.array(row["completion"], np.uint32) for row in rows])
 
     def measure(self, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
         """Measure a student with these weights, which are shared; None: the initial one.
 
         Returns:
             For `student` (its own fresh rollouts) and `teacher` (the teacher's text) means over
-            positions: `forward_kl_nats` and `reverse_kl_nats` over {top K, sampled token, tail},
-            `tail_mass` (the student's probability outside those tokens), and `positions`.
+            positions: `forward_kl_nats` and `reverse_kl_nats` over the whole vocabulary,
+            `tail_mass` (the student's probability outside the teacher's top K and the sampled
+            token), and `positions`.
         """
         if state is not None:
             self._student.take_weights(state)
-        fresh = self._scored(_sampled(self._student, self._prompts))
-        return {"student": self._distance(*fresh), "teacher": self._distance(*self._written)}
-
-    def _scored(self, completions: list[np.ndarray]) -> tuple[list[ScoreRow], list[RowScores]]:
-        pairs = zip(self._prompts, completions, strict=True)
-        rows = [
-            ScoreRow(np.concatenate([p, c]), np.arange(len(p), len(p) + len(c))) for p, c in pairs
-        ]
-        return rows, _in_order(dict(self._teacher.score(rows, self._spec)))
+        fresh = self._answers(_sampled(self._student, self._prompts))
+        return {"student": self._distance(fresh), "teacher": self._distance(self._written)}
 
     @torch.inference_mode()
-    def _distance(self, rows: list[ScoreRow], scores: list[RowScores]) -> dict[str, float]:
-        sums = np.zeros(3)
-        for row, scored in zip(rows, scores, strict=True):
-            logit_PV = self._logits(row)
-            target = _target(row, scored)
-            own = student_bucket_logprob(logit_PV, teacher_buckets(target, self._vocab_size))
-            kl = [divergence(logit_PV, target, kind) for kind in ("forward", "reverse")]
-            sums += [float(x.double().sum()) for x in (*kl, own[:, -1].exp())]
-        positions = sum(len(row.targets) for row in rows)
+    def _answers(self, completions: list[np.ndarray]) -> list[_Answer]:
+        pairs = zip(self._prompts, completions, strict=True)
+        made = ((np.concatenate([p, c]).astype(np.int64), len(p)) for p, c in pairs)
+        return [
+            _Answer(torch.from_numpy(token), start, self._logprobs(self._teacher, token, start))
+            for token, start in made
+        ]
+
+    @torch.inference_mode()
+    def _distance(self, answers: list[_Answer]) -> dict[str, float]:
+        sums = torch.zeros(3, dtype=torch.float64)
+        for answer in answers:
+            teacher = answer.teacher.double()
+            student = self._logprobs(self._student, answer.token, answer.start).double()
+            rest, sampled = student.exp(), answer.token[answer.start :, None]
+            reverse = (rest * (student - teacher)).sum()
+            forward = (teacher.exp() * (teacher - student)).sum()
+            rest.scatter_(1, teacher.topk(self._topk).indices, 0.0).scatter_(1, sampled, 0.0)
+            sums += torch.stack([forward, reverse, rest.sum()])
+        positions = sum(len(answer.teacher) for answer in answers)
         names = ("forward_kl_nats", "reverse_kl_nats", "tail_mass")
         means = dict(zip(names, (sums / positions).tolist(), strict=True))
         return {**means, "positions": positions}
 
-    def _logits(self, row: ScoreRow) -> torch.Tensor:
-        model = self._student.model
-        token = torch.from_numpy(row.token.astype(np.int64))[None]
-        hidden = trunk(model, token)[0][torch.from_numpy(row.targets - 1)]
-        return head_logits(model, hidden)[:, : self._vocab_size].float()
-
-
-def _target(row: ScoreRow, scores: RowScores) -> TeacherTarget:
-    sampled = row.token[row.targets].astype(np.int64)
-    # An unused entry's id is no token of any vocabulary; a target says so with a negative one.
-    ids = np.where(np.isneginf(scores.topk_logprob), -1, scores.topk_id.astype(np.int64))
-    return TeacherTarget(
-        topk_id=torch.from_numpy(ids),
-        topk_logprob=torch.from_numpy(scores.topk_logprob.astype(np.float32)),
-        tail_logprob=torch.from_numpy(scores.tail_logprob.astype(np.float32)),
-        sampled_id=torch.from_numpy(sampled),
-        sampled_logprob=torch.from_numpy(scores.sampled_logprob),
-        behaviour_logprob=None,
-        mask=torch.ones(len(sampled), dtype=torch.bool),
-    )
+    def _logprobs(
+        self, of: TransformersSampler, token: np.ndarray | torch.Tensor, start: int
+    ) -> torch.Tensor:
+        """(P, V) float32, nats, of a text's tokens from `start` on."""
+        hidden = trunk(of.model, torch.as_tensor(token)[None])[0][start - 1 : -1]
+        return head_logits(of.model, hidden)[:, : self._vocab_size].float().log_softmax(1)
 
 
 def _sampled(sampler: TransformersSampler, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:

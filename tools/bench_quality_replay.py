@@ -40,7 +40,6 @@ def replay_cell(
     study: Study,
     cell: Cell,
     models: Models,
-    teacher: Teacher,
     folder: Path,
     clock: Clock,
     measure: Measure,
@@ -51,12 +50,11 @@ def replay_cell(
         study: the settings.
         cell: of replay, or a control of it.
         models: the study's.
-        teacher: loaded.
         folder: empty; gets the cache and the run's output.
         clock: goes while the student is sampled, scored and trained.
         measure: called after every `study.eval_every` updates, with the clock stopped.
     """
-    refresher = _refresher(study, cell, models, teacher, folder / "cache")
+    refresher = _refresher(study, cell, models, models.load_teacher(), folder / "cache")
     sampler = TransformersSampler(models.student, refresher.sampler)
     with clock.running():
         refresher(0, lambda: sampler)
@@ -66,7 +64,10 @@ def replay_cell(
         train_config(study, cell),
         output=folder / "output",
         run="cell",
-        callbacks=(_Timed(study, clock, refresher, measure), RefreshCallback(refresher)),
+        callbacks=(
+            _Timed(study, clock, refresher, measure),
+            RefreshCallback(refresher, sampler=sampler),
+        ),
     )
     trainer.train()
 
@@ -80,6 +81,7 @@ def train_config(study: Study, cell: Cell) -> ReplayConfig:
         window_rows=8,
         group_rows=_samples_per_prompt(study, cell),
         follow_every_steps=cell.interval,
+        threads=study.threads,
         seed=cell.seed,
     )
     return ReplayConfig(

@@ -11,6 +11,13 @@ from typing import Any
 from stillroom.tools.bench_quality_cells import COLLAPSE, OBJECTIVES, TRL, Cell, Study
 from stillroom.tools.render import print_table, say
 
+TEXTS = {"student": "own text", "teacher": "teacher's text"}
+ROWS = (
+    ("cpu_s", "CPU time, s", "student"),
+    ("updates", "updates", "student"),
+    ("updates", "updates", "teacher"),
+)
+"""Of the picture: what is along, its name, and the text that is measured on."""
 Curves = dict[Cell, list[dict[str, Any]]]
 COLUMNS = (
     "method",
@@ -21,15 +28,18 @@ COLUMNS = (
     "reverse KL, own text",
     "forward KL, teacher's text",
     "reverse KL, teacher's text",
+    "spread over seeds, own text",
+    "spread, teacher's text",
     "own tail mass",
     "wall s",
     "CPU s",
     "scored positions",
-    "share of TRL's wall s",
-    "share of TRL's CPU s",
+    "share of TRL's wall s, own text",
+    "share of CPU s, own text",
+    "share of CPU s, teacher's text",
 )
 JUDGED = {"forward": "forward_kl_nats", "jsd": "forward_kl_nats", "reverse": "reverse_kl_nats"}
-"""The measure, on the student's own text, by which an objective has reached what TRL reached."""
+"""The measure by which an objective has reached what TRL reached, on either text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +55,10 @@ class Line:
     own_reverse_nats: float
     teacher_forward_nats: float
     teacher_reverse_nats: float
+    own_spread_nats: float
+    """The most less the least of the judged measure over seeds, on the student's own text."""
+    teacher_spread_nats: float
+    """The same on the teacher's."""
     own_tail_mass: float
     """The student's probability outside the teacher's top K and the sampled token."""
     wall_s: float
@@ -52,10 +66,12 @@ class Line:
     cpu_s: float
     teacher_positions: float
     share_of_trl_wall: float | None
-    """Seconds until the curve of means is where TRL's ends, by those that TRL took to get there;
-    None if it never is, or there is nothing to compare with."""
+    """Seconds until the curve of means is where TRL's ends, by those that TRL took to get there, on
+    the student's own text; None if it never is, or there is nothing to compare with."""
     share_of_trl_cpu: float | None
     """The same of CPU time, which other work on the machine changes less."""
+    share_of_trl_cpu_teacher: float | None
+    """The same of CPU time on the teacher's text, which is the same for all and less noisy."""
 
 
 def lines_of(study: Study, curves: Curves) -> list[Line]:
@@ -101,8 +117,9 @@ def as_json(study: Study, curves: Curves) -> dict[str, Any]:
 
 
 def draw(curves: Curves, folder: Path) -> list[Path]:
-    """Draw the curves as quality.svg and quality.png: distance on the student's own text by wall
-    time above and by updates below, an objective a column.
+    """Draw the curves as quality.svg and quality.png, an objective a column: distance on the
+    student's own text by CPU time, by updates, and on the teacher's text by updates. Lines are
+    means over seeds, and bands go from the least to the most.
 
     Returns:
         The files; none where matplotlib is not installed.
@@ -112,31 +129,33 @@ def draw(curves: Curves, folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     columns: list[tuple[str, ...]] = [*((o,) for o in OBJECTIVES), COLLAPSE]
-    figure = Figure(figsize=(4 * len(columns), 7), layout="constrained")
-    axes = figure.subplots(2, len(columns), squeeze=False)
+    figure = Figure(figsize=(4 * len(columns), 3.5 * len(ROWS)), layout="constrained")
+    axes = figure.subplots(len(ROWS), len(columns), squeeze=False)
     for column, objectives in enumerate(columns):
-        for row, (key, label) in enumerate((("wall_s", "wall time, s"), ("updates", "updates"))):
-            _plot(axes[row][column], curves, objectives, key)
+        for row, (key, label, text) in enumerate(ROWS):
+            _plot(axes[row][column], curves, objectives, key, text)
             axes[row][column].set_xlabel(label)
     axes[0][0].legend(fontsize="small")
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"quality.{suffix}" for suffix in ("svg", "png")]
     for path in paths:
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=100)
     return paths
 
 
-def _plot(axes: Any, curves: Curves, objectives: Iterable[str], key: str) -> None:
+def _plot(axes: Any, curves: Curves, objectives: Iterable[str], key: str, text: str) -> None:
     for objective in objectives:
         measure = JUDGED.get(objective, "tail_mass")
-        ways = dict.fromkeys(cell.way for cell in curves if cell.objective == objective)
-        for way in ways:
+        for way in dict.fromkeys(cell.way for cell in curves if cell.objective == objective):
             cells = [c for c in curves if (c.way, c.objective) == (way, objective)]
             times = mean_curve(curves, cells, lambda p: p[key])
-            values = mean_curve(curves, cells, lambda p, m=measure: p["student"][m])  # type: ignore[misc]
-            axes.plot(times, values, marker=".", label=objective if objective in COLLAPSE else way)
-        axes.set_title(" and ".join(objectives))
-        axes.set_ylabel("its own tail mass" if objective in COLLAPSE else f"{measure} (nats)")
+            points = list(zip(*([p[text][measure] for p in curves[c]] for c in cells), strict=True))
+            label = objective if objective in COLLAPSE else way
+            (line,) = axes.plot(times, list(map(mean, points)), marker=".", label=label)
+            low, high = list(map(min, points)), list(map(max, points))
+            axes.fill_between(times, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.set_title(f"{' and '.join(objectives)}, {TEXTS[text]}", fontsize="small")
+        axes.set_ylabel("its tail mass" if objective in COLLAPSE else f"{measure} (nats)")
     if any(objective in COLLAPSE for objective in objectives) and axes.lines:
         axes.legend(fontsize="small")
 
@@ -147,6 +166,10 @@ def _line(study: Study, curves: Curves, cells: list[Cell], trl: list[Cell]) -> L
     def final(get: Callable[[Any], float]) -> float:
         return mean(map(get, last))
 
+    def spread(text: str) -> float:
+        values = [point[text][JUDGED.get(cell.objective, JUDGED["reverse"])] for point in last]
+        return max(values) - min(values)
+
     return Line(
         method=cell.way,
         objective=cell.objective,
@@ -156,16 +179,21 @@ def _line(study: Study, curves: Curves, cells: list[Cell], trl: list[Cell]) -> L
         own_reverse_nats=final(lambda p: p["student"]["reverse_kl_nats"]),
         teacher_forward_nats=final(lambda p: p["teacher"]["forward_kl_nats"]),
         teacher_reverse_nats=final(lambda p: p["teacher"]["reverse_kl_nats"]),
+        own_spread_nats=spread("student"),
+        teacher_spread_nats=spread("teacher"),
         own_tail_mass=final(lambda p: p["student"]["tail_mass"]),
         wall_s=final(lambda p: p["wall_s"]),
         cpu_s=final(lambda p: p["cpu_s"]),
         teacher_positions=final(lambda p: p["teacher_positions"]),
-        share_of_trl_wall=_share(curves, cells, trl, "wall_s"),
-        share_of_trl_cpu=_share(curves, cells, trl, "cpu_s"),
+        share_of_trl_wall=_share(curves, cells, trl, "wall_s", "student"),
+        share_of_trl_cpu=_share(curves, cells, trl, "cpu_s", "student"),
+        share_of_trl_cpu_teacher=_share(curves, cells, trl, "cpu_s", "teacher"),
     )
 
 
-def _share(curves: Curves, cells: list[Cell], trl: list[Cell], clock: str) -> float | None:
+def _share(
+    curves: Curves, cells: list[Cell], trl: list[Cell], clock: str, text: str
+) -> float | None:
     if not trl or cells[0].method == TRL:
         return None
     measure = JUDGED[cells[0].objective]
@@ -176,7 +204,7 @@ def _share(curves: Curves, cells: list[Cell], trl: list[Cell], clock: str) -> fl
     (times, values), (trl_times, trl_values) = (
         (
             mean_curve(curves, group, lambda p: p[clock]),
-            mean_curve(curves, group, lambda p: p["student"][measure]),
+            mean_curve(curves, group, lambda p: p[text][measure]),
         )
         for group in both
     )

@@ -129,15 +129,16 @@ class RefreshCallback(Callback):
 
     Args:
         refresher: makes new rows; of the trainer's cache.
+        sampler: of the student, with the refresher's settings; None loads one when it is needed.
     """
 
     name = "refresh"
 
-    def __init__(self, refresher: Refresher) -> None:
+    def __init__(self, refresher: Refresher, *, sampler: StudentSampler | None = None) -> None:
         """Nothing is loaded yet."""
         self._refresher = refresher
         self._version: int | None = None
-        self._sampler: StudentSampler | None = None
+        self._sampler = sampler
 
     def on_open(self, trainer: "ReplayTrainer") -> None:
         """Check that this trainer can be refreshed, and leave what a run that starts again had

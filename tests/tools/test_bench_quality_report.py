@@ -52,6 +52,7 @@ def test_the_table_has_means_over_seeds() -> None:
     assert (trl.own_forward_nats, trl.own_reverse_nats) == (2, 4)
     assert (trl.teacher_forward_nats, trl.teacher_reverse_nats) == (6, 8)
     assert (trl.wall_s, trl.cpu_s, trl.teacher_positions) == (20, 40, 200)
+    assert (trl.own_spread_nats, trl.teacher_spread_nats) == (2, 6)
     assert (replay.method, replay.reuse, replay.own_forward_nats) == ("replay-16", 2, 1.5)
     assert [line.objective for line in rest][-2:] == ["reverse", "reverse_truncated"]
 
@@ -66,6 +67,15 @@ def test_time_is_compared_where_both_curves_are_where_trls_ends() -> None:
     assert shares["shuffled-16", "forward"] is None
     assert shares["replay-16", "reverse"] is None
     assert shares["replay-16", "reverse_truncated"] is None
+
+
+def test_shares_are_of_either_text() -> None:
+    curves = {cell: [dict(point) for point in points] for cell, points in CURVES.items()}
+    for point in curves[Cell("replay", 16, "forward", 0)]:
+        point["teacher"] = {**point["teacher"], "forward_kl_nats": 9.0}
+    (line,) = (x for x in lines_of(STUDY, curves) if (x.method, x.seeds) == ("replay-16", 2))
+    assert line.share_of_trl_cpu == line.share_of_trl_wall == pytest.approx(4 / 20)
+    assert line.share_of_trl_cpu_teacher is None
 
 
 def test_a_curve_reaches_a_value_between_its_points() -> None:
