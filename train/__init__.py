@@ -6,6 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stillroom.train.callbacks import Callback, StepOutcome
     from stillroom.train.config import LoraSettings, ReplayConfig
+    from stillroom.train.estimators import (
+        forward_kl_tail_samples,
+        multi_sample_policy_gradient,
+        objective_loss,
+        policy_gradient,
+        reverse_kl_rb,
+    )
+    from stillroom.train.fused import fused_loss
     from stillroom.train.objective import Objective
     from stillroom.train.objectives import divergence
     from stillroom.train.parallel import Parallel
@@ -36,6 +44,12 @@ __all__ = [
     "TrainReport",
     "backward",
     "divergence",
+    "forward_kl_tail_samples",
+    "fused_loss",
+    "multi_sample_policy_gradient",
+    "objective_loss",
+    "policy_gradient",
+    "reverse_kl_rb",
     "save_student",
 ]
 
@@ -56,6 +70,12 @@ _HOMES = {
     "TrainReport": "stillroom.train.report",
     "backward": "stillroom.train.step",
     "divergence": "stillroom.train.objectives",
+    "forward_kl_tail_samples": "stillroom.train.estimators",
+    "fused_loss": "stillroom.train.fused",
+    "multi_sample_policy_gradient": "stillroom.train.estimators",
+    "objective_loss": "stillroom.train.estimators",
+    "policy_gradient": "stillroom.train.estimators",
+    "reverse_kl_rb": "stillroom.train.estimators",
     "save_student": "stillroom.train.publish",
 }
 

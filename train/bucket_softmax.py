@@ -95,9 +95,7 @@ def make_gradient(
         cross_entropy_weight: (n,) of -log s of the sampled token; None is 0.
         slope: multiplies the gradient.
     """
-    bucket, draw = made.bucket, made.draw
-    if weight is not None:
-        bucket, draw = bucket * weight[:, None], draw * weight[:, None]
+    bucket, draw = weighted(made.bucket, weight), weighted(made.draw, weight)
     sampled = torch.zeros_like(scores.sampled)
     if cross_entropy_weight is not None:
         sampled = -cross_entropy_weight
@@ -107,6 +105,14 @@ def make_gradient(
     softmax.mul_(by_bucket[:, -1:])
     softmax.scatter_add_(1, scores.bucket_id, by_bucket[:, :-1])
     softmax.scatter_add_(1, scores.token_id, slope * token)
+
+
+def weighted(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Return values (n, ...) times weights (n,); 0 where a weight is 0, whatever the value is."""
+    if weight is None:
+        return values
+    by_row = weight.view(-1, *(1 for _ in values.shape[1:]))
+    return torch.where(by_row == 0, 0.0, values * by_row)
 
 
 def _bucket_id(teacher: TeacherSide, sampled: Tensor) -> Tensor:
@@ -126,6 +132,10 @@ def _tail_softmax(
     fill = torch.where(has_tail, -math.inf, 0.0).to(logits.dtype)[:, None]
     logits.scatter_(1, bucket_id, torch.where(exists.any(1, keepdim=True), fill, own))
     top = torch.where(has_tail, logits.amax(1), -math.inf)
+    # A tail of logits that are all -inf has no softmax: any finite row will do.
+    spot = bucket_id[:, :1]
+    empty = (has_tail & (top == -math.inf))[:, None]
+    logits.scatter_(1, spot, torch.where(empty, 0.0, logits.gather(1, spot)))
     torch.softmax(logits, 1, out=logits)
     # The likeliest token's softmax is exp(top - logsumexp).
     return top, -logits.amax(1).log()

@@ -191,7 +191,7 @@ def _weight(objective: Objective, teacher: TeacherSide, student: StudentSide) ->
 
 def _times(log_mass: Tensor, x: Tensor) -> Tensor:
     """Return exp(log_mass) x; where there is no mass exactly 0, whatever x is."""
-    return torch.where(log_mass > -math.inf, log_mass.exp() * x, 0.0)
+    return torch.where(log_mass == -math.inf, 0.0, log_mass.exp() * x)
 
 
 def _mixture(p: Tensor, q: Tensor, weight: float) -> Tensor:

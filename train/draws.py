@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from stillroom.cache.errors import MismatchError, NumericsError, StillroomError
-from stillroom.train.target import TeacherBuckets, TeacherTarget, used_extra
+from stillroom.train.target import MAX_MASS, TeacherBuckets, TeacherTarget, used_extra
 
 WITHOUT = "Set importance='none', or use rollouts whose behaviour logprobs were stored."
 """What to do about draws without behaviour logprobs."""
+MOST_NATS = math.log(MAX_MASS)
+"""Logprobs above 0 by less than this are rounding."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,7 +26,7 @@ class Draws:
     token_id: Tensor
     """(T, D) int64."""
     teacher_logprob: Tensor
-    """(T, D) float, nats, as stored."""
+    """(T, D) float, nats; at most 0."""
     behaviour_logprob: Tensor | None
     """(T, D) float, nats; NaN where unknown; None if the target has none."""
     used: Tensor
@@ -52,7 +54,7 @@ def sampled_draws(target: TeacherTarget) -> Draws:
     behaviour = target.behaviour_logprob
     return Draws(
         target.sampled_id[:, None],
-        target.sampled_logprob[:, None],
+        target.sampled_logprob[:, None].clamp(max=0.0),
         None if behaviour is None else behaviour[:, None],
         target.mask[:, None],
     )
@@ -71,7 +73,7 @@ def extra_draws(target: TeacherTarget, expected: str) -> Draws:
     used = used_extra(target)
     if target.extra_id is not None and target.extra_logprob is not None and used.shape[1]:
         behaviour = target.extra_behaviour_logprob
-        return Draws(target.extra_id, target.extra_logprob, behaviour, used)
+        return Draws(target.extra_id, target.extra_logprob.clamp(max=0.0), behaviour, used)
     if bool(target.mask.any()):
         do = "Make the cache with extra ids of that kind, or choose another objective."
         raise MismatchError("TeacherTarget.extra_id", expected, "no extra ids", do)
@@ -93,6 +95,15 @@ def check_tail_draws(draws: Draws, target: TeacherTarget, buckets: TeacherBucket
     has_tail = target.mask & buckets.exists[:, -1] & (target.tail_logprob > -math.inf)
     refuse(has_tail & ~draws.used.any(1), expected, "none", do, MismatchError)
     refuse_impossible(draws.where(has_tail[:, None]))
+
+
+def refuse_behaviour(logprob: Tensor) -> None:
+    """Raise NumericsError for the first row of behaviour logprobs (T, ...) that has no weight: one
+    that is NaN, which is to say unknown, or no probability above 0."""
+    refuse(logprob.isnan(), "a known behaviour logprob", "nan", WITHOUT)
+    possible = (logprob > -math.inf) & (logprob <= MOST_NATS)
+    expected = "a behaviour logprob above -inf and of at most 0"
+    refuse(~possible, expected, "another", "Store those of the policy that drew the tokens.")
 
 
 def refuse_impossible(draws: Draws) -> None:

@@ -10,7 +10,13 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from stillroom.train.bucket_softmax import logprob_at, make_gradient, take_scores, tokens_of
+from stillroom.train.bucket_softmax import (
+    logprob_at,
+    make_gradient,
+    take_scores,
+    tokens_of,
+    weighted,
+)
 from stillroom.train.coefficients import coefficients
 from stillroom.train.logit_chunks import LogitChunks
 from stillroom.train.objective import Objective
@@ -117,9 +123,9 @@ def _chunk(
 
     weights = [work.weight, work.cross_entropy_weight]
     weight, ce_weight = (None if w is None else w[row].to(dtype) for w in weights)
-    result.total.add_((loss.value if weight is None else weight * loss.value).sum())
+    result.total.add_(weighted(loss.value, weight).sum())
     if ce_weight is not None:
-        result.total.sub_((ce_weight * scores.sampled).sum())
+        result.total.sub_(weighted(scores.sampled, ce_weight).sum())
     result.value.index_copy_(0, row, loss.value)
     result.cross_entropy.index_copy_(0, row, -scores.sampled)
     sampling = scores.sampled if sampling is None else sampling

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stillroom.cache.errors import ConfigError, MismatchError
-from stillroom.train.draws import WITHOUT, Draws, refuse, refuse_impossible
+from stillroom.train.draws import Draws, refuse, refuse_behaviour, refuse_impossible
 from stillroom.train.objective import IMPORTANCE, Objective
 from stillroom.train.target import TeacherTarget
 
@@ -40,13 +40,13 @@ def importance_weight(
 
     Raises:
         ConfigError: if the kind is unknown.
-        NumericsError: if a behaviour logprob is NaN, which is to say unknown.
+        NumericsError: if a behaviour logprob is NaN, which is to say unknown, -inf or above 0.
     """
     if kind not in IMPORTANCE:
         raise ConfigError("importance", f"one of {IMPORTANCE}", repr(kind), "Choose one of them.")
     if kind == "none":
         return torch.ones_like(student_logprob)
-    refuse(behaviour_logprob.isnan(), "a known behaviour logprob", "nan", WITHOUT)
+    refuse_behaviour(behaviour_logprob)
     return ratio_weight(student_logprob, behaviour_logprob, kind, cap, bounds)
 
 
@@ -102,12 +102,12 @@ def check_weighted(draws: Draws, objective: Objective, target: TeacherTarget) ->
     Raises:
         MismatchError: if behaviour logprobs are needed and missing, or draws were made greedily.
         NumericsError: if the teacher gives a draw no probability, or a behaviour logprob is needed
-            and unknown.
+            and unknown, -inf or above 0.
     """
     refuse_impossible(draws)
     if objective.importance == "none":
         return
-    refuse(draws.known_behaviour().isnan(), "a known behaviour logprob", "nan", WITHOUT)
+    refuse_behaviour(draws.known_behaviour())
     if target.sampling_temperature is not None:
         do = "Set importance='none': a ratio to a policy without randomness means nothing."
         wrong = draws.used.any(1) & without_randomness(target.sampling_temperature)

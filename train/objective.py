@@ -130,6 +130,9 @@ class Objective:
         check_setting("train.clip_range", clip is None or gradient, expected, clip)
         valid = clip is None or 0 < clip < 1
         check_setting("train.clip_range", valid, "between 0 and 1", clip)
+        reached = clip is None or self.importance != "tis" or self.importance_cap > 1 + clip
+        expected = f"below {self.importance_cap} - 1: weights are cut before they are clipped"
+        check_setting("train.clip_range", reached, expected, clip)
         expected = "false: only policy gradients have an advantage"
         check_setting("train.baseline", gradient or not self.baseline, expected, self.baseline)
 

@@ -178,12 +178,13 @@ def teacher_buckets(
     repeated = used & (first != torch.arange(first.shape[1], device=first.device))
     _refuse_disagreement(stored, first, repeated)
     used = used & ~repeated
+    everything = stored.masked_fill(~used, -math.inf)
     if kept_only:
         used[:, num_kept:] = False
     kept = stored.masked_fill(~used, -math.inf)
     has_tail = used.sum(1) < vocab_size
     stored_tail = torch.where(target.mask & has_tail, target.tail_logprob.double(), -math.inf)
-    _refuse_masses(target, kept, stored_tail)
+    _refuse_masses(target, everything, stored_tail)
     tail = _tail_of(stored_tail, kept[:, num_kept:]).masked_fill(~used.any(1), 0.0)
     if floor_tail:
         tail = torch.where(has_tail, tail.clamp(min=TAIL_FLOOR_NATS), tail)
@@ -265,8 +266,8 @@ def _refuse_disagreement(stored: Tensor, first: Tensor, repeated: Tensor) -> Non
 
 
 def _refuse_masses(target: TeacherTarget, own: Tensor, tail: Tensor) -> None:
-    """Raise if log masses of tokens (T, B) or of the tail (T,) cannot be probabilities; the tail's
-    is that outside the kept entries, which come first."""
+    """Raise if log masses of tokens (T, B), -inf where unused, or of the tail (T,) cannot be
+    probabilities; the tail's is that outside the kept entries, which come first."""
     _refuse(tail.isnan(), NumericsError, "a tail logprob that is a number", tail)
     kept = own[:, : target.topk_id.shape[1]].exp().sum(1)
     mass = torch.maximum(own.exp().sum(1), kept + tail.exp())

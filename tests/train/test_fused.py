@@ -184,6 +184,54 @@ def test_padded_rows_of_the_head_take_no_part() -> None:
     assert float(gradients[1][VOCAB:].abs().max()) == 0.0
 
 
+@pytest.mark.parametrize("kind", ["reverse", "jsd", "skew_reverse"])
+def test_a_tail_that_the_student_rules_out(kind: str) -> None:
+    """A head whose bias masks every token that the teacher did not keep."""
+    param = {"jsd": {"beta": 0.5}, "skew_reverse": {"alpha": 0.1}}.get(kind, {})
+    objective = Objective(kind=kind, **param)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    weight = torch.randn(4, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    bias = torch.tensor([0.0, 0.0, -math.inf, -math.inf], dtype=torch.float64)
+    target = TeacherTarget(
+        topk_id=torch.tensor([[0, 1]] * 2),
+        topk_logprob=torch.tensor([[0.5, 0.3]] * 2, dtype=torch.float64).log(),
+        tail_logprob=torch.tensor([0.2] * 2, dtype=torch.float64).log(),
+        sampled_id=torch.zeros(2, dtype=torch.int64),
+        sampled_logprob=torch.tensor([0.5] * 2, dtype=torch.float64).log(),
+        behaviour_logprob=None,
+        mask=torch.ones(2, dtype=torch.bool),
+    )
+    found = fused_loss(hidden, OutputHead(weight=weight, bias=bias), target, objective)
+    gradients = torch.autograd.grad(found.total, [hidden, weight])
+    expected = objective_loss(hidden @ weight.T + bias, target, objective)
+    assert_near(found.value, expected.detach(), 1e-10)
+    assert found.tail_logprob.tolist() == [-math.inf] * 2
+    finite = torch.where(bias > -math.inf, hidden @ weight.T, -1e4)
+    wanted_gradients = torch.autograd.grad(
+        objective_loss(finite, target, objective).sum(), [hidden, weight]
+    )
+    for gradient, other in zip(gradients, wanted_gradients, strict=True):
+        assert_near(gradient, other, 1e-10)
+
+
+def test_a_weight_of_zero_leaves_an_infinite_loss_out() -> None:
+    objective = Objective(kind="forward")
+    weight = torch.eye(4, dtype=torch.float64).requires_grad_()
+    hidden = torch.zeros(2, 4, dtype=torch.float64)
+    hidden[0, 1] = -1e6
+    hidden.requires_grad_()
+    bias = torch.tensor([0.0, -math.inf, 0.0, 0.0], dtype=torch.float64)
+    target = exact_target(torch.zeros(2, 4).numpy(), 4, [0, 0])
+    head, none = OutputHead(weight=weight, bias=bias), torch.zeros(2, dtype=torch.float64)
+    one = torch.ones(2, dtype=torch.float64)
+    found = fused_loss(hidden, head, target, objective, weight=none, cross_entropy_weight=one)
+    assert bool(found.value.isinf().all())
+    assert_near(found.total, found.cross_entropy.sum(), 1e-12)
+    for gradient in torch.autograd.grad(found.total, [hidden, weight]):
+        assert bool(gradient.isfinite().all())
+
+
 @pytest.mark.parametrize("num_rows", [0, 3])
 def test_nothing_scored_is_a_zero_in_the_graph(num_rows: int) -> None:
     target = target_for(Objective(), 3, VOCAB).slice(0, num_rows)

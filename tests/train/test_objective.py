@@ -61,6 +61,15 @@ def test_modes(kind: str, mode: str) -> None:
             {"kind": "policy_gradient", "importance": "none", "clip_range": 0.2},
             r"train\.clip_range.*never clipped",
         ),
+        (
+            {
+                "kind": "policy_gradient",
+                "importance": "tis",
+                "importance_cap": 1.2,
+                "clip_range": 0.2,
+            },
+            r"train\.clip_range.*below 1.2 - 1",
+        ),
         ({"cross_entropy_sources": ("techer",)}, r"cross_entropy_sources.*some of.*got \('techer'"),
         ({"cross_entropy": 0.1, "cross_entropy_sources": ()}, r"sources.*one source at least"),
         ({"cross_entropy": 1.5}, r"train\.cross_entropy.*0 to 1"),

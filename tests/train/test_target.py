@@ -305,8 +305,9 @@ def test_floor_raises_only_the_tail() -> None:
 def test_unusable_scores_are_refused_only_where_scored(
     changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=message):
-        teacher_buckets(row_of(**changes), 8)
+    for kept_only in (False, True):
+        with pytest.raises(error, match=message):
+            teacher_buckets(row_of(**changes), 8, kept_only=kept_only)
     assert masses(row_of(**changes, mask=[False])) == [{-1: 1.0}]
 
 
