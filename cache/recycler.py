@@ -23,12 +23,14 @@ class Recycler:
     it.
 
     Args:
-        limit: bytes of buffers beyond which those that are free are let go.
+        limit: bytes of buffers beyond which free ones are let go for new ones. Where those in use
+            take more, free ones are looked for after each sixteenth of it.
     """
 
     def __init__(self, limit: int) -> None:
         """Hold nothing."""
         self._limit, self._bytes = limit, 0
+        self._let_go_beyond = limit
         self._buffers: dict[int, deque[np.ndarray]] = {}
         self._lock = Lock()
         self._free = _references(deque([np.empty(0, np.uint8)]))
@@ -54,19 +56,25 @@ class Recycler:
             buffers.rotate(-1)
             if _references(buffers) == self._free:
                 return buffers[-1]
-        if self._bytes + size > self._limit:
-            self._let_go()
+        if self._bytes + size > self._let_go_beyond:
+            self._let_go(size)
         buffers.append(np.empty(size, np.uint8))
         self._bytes += size
         return buffers[-1]
 
-    def _let_go(self) -> None:
+    def _let_go(self, needed: int) -> None:
+        """Let go of free buffers until a new one fits."""
+        self._let_go_beyond = self._limit
         for size, buffers in self._buffers.items():
             for _ in range(len(buffers)):
+                if self._bytes + needed <= self._limit:
+                    return
                 buffers.rotate(-1)
                 if _references(buffers) == self._free:
                     buffers.pop()
                     self._bytes -= size
+        if self._bytes + needed > self._limit:
+            self._let_go_beyond = self._bytes + needed + self._limit // 16
 
 
 def _references(buffers: deque[np.ndarray]) -> int:

@@ -7,6 +7,7 @@ ids. A segment is a row; or a prompt that several rows share; or the completion 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,6 +52,17 @@ UNUSED = {
 ONE = np.ones(1, np.float32)
 
 
+class Facts(NamedTuple):
+    """What the small columns of a row say, once all its columns are known to agree in length."""
+
+    target: np.ndarray
+    """(P,) ascending integers: which of its tokens have a position."""
+    source: int
+    """Index into schema.SOURCES."""
+    policy_version: int
+    """Oldest policy that sampled it; -1 if unknown."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One sequence with its scores."""
@@ -58,14 +70,17 @@ class Row:
     number: int
     """Its number in its snapshot."""
     arrays: Arrays
-    """Every column of this one sequence, in the dtypes of a shard; and as `weight`, if the stream
-    reads one, its weights: (P,) float32, or (1,) for all positions."""
+    """Every column of this one sequence, in the dtypes of a shard, but for those that `facts` stand
+    for; and as `weight`, if the stream reads one, its weights: (P,) float32, or (1,) for all
+    positions."""
     sampling_temperature: float
     """Temperature of its behaviour logprobs; NaN if unknown."""
     cache: int = 0
     """Index of the stream's source that it comes from."""
     extra_likeliest: bool = False
     """Whether its extra ids are known to be the sampler's likeliest tokens, and not draws."""
+    facts: Facts | None = None
+    """As its reader found them; None has `collate` look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,15 +174,15 @@ def collate(
             weight is negative, infinite or NaN.
         ShapeError: columns of a row disagree in length.
     """
+    facts = [_facts(row) if row.facts is None else row.facts for row in rows]
     segments = _segments(rows, groups)
-    scored = [np.flatnonzero(row.arrays["scored"]) for row in rows]
-    _check_lengths(rows, scored)
     lengths = [segment.stop - segment.start for segment in segments]
+    counts = [len(fact.target) for fact in facts]
     sizes = {
         "T": sum(lengths),
         "E": len(segments) + 1,
         "R": len(segments),
-        "P": sum(map(len, scored)),
+        "P": sum(counts),
         "K": max(_width(row, "topk_id") for row in rows),
         "M": max(_width(row, "extra_id") for row in rows),
     }
@@ -177,10 +192,11 @@ def collate(
     out["prefix"][:] = [segment.prefix for segment in segments]
     tokens = [rows[s.row].arrays["token"][s.start : s.stop] for s in segments]
     np.concatenate(tokens, out=out["token"])
-    shift = out["row_start"][:-1] - [segment.start for segment in segments]
-    out["position_id"][:] = np.arange(sizes["T"]) - np.repeat(shift, lengths)
-    _point(out, segments, scored, shift)
-    _copy_scores(out, rows, [len(s) for s in scored])
+    place = np.arange(max(segment.stop for segment in segments))
+    np.concatenate([place[s.start : s.stop] for s in segments], out=out["position_id"])
+    _point(out, segments, facts)
+    _copy_facts(out, rows, facts, counts)
+    _copy_scores(out, rows, counts)
     return MicroBatch(**out)
 
 
@@ -194,8 +210,19 @@ def idle_micro_batch() -> MicroBatch:
     return MicroBatch(**out)
 
 
-@dataclass(frozen=True, slots=True)
-class _Segment:
+def _facts(row: Row) -> Facts:
+    """Those of a row that came without.
+
+    Raises:
+        ShapeError: columns disagree in length.
+    """
+    arrays = row.arrays
+    target = np.flatnonzero(arrays["scored"])
+    _check_lengths(row, len(target))
+    return Facts(target, int(arrays["source"][0]), int(arrays["policy_version_min"][0]))
+
+
+class _Segment(NamedTuple):
     """Tokens start to stop of a row; `prefix` is the segment before them, or -1."""
 
     row: int
@@ -205,15 +232,17 @@ class _Segment:
 
 
 def _segments(rows: Sequence[Row], groups: Sequence[int] | None) -> list[_Segment]:
+    lengths = [len(row.arrays["token"]) for row in rows]
+    if groups is None:
+        return [_Segment(i, 0, length, -1) for i, length in enumerate(lengths)]
     out: list[_Segment] = []
-    numbers = range(len(rows)) if groups is None else groups
-    for _, together in groupby(range(len(rows)), key=lambda i: numbers[i]):
+    for _, together in groupby(range(len(rows)), key=lambda i: groups[i]):
         first, *others = together
         prompt = _common_prompt(rows, first, others) if others else 0
         prefix = len(out) if others else -1
         if others:
             out.append(_Segment(first, 0, prompt, -1))
-        out += [_Segment(i, prompt, len(rows[i].arrays["token"]), prefix) for i in (first, *others)]
+        out += [_Segment(i, prompt, lengths[i], prefix) for i in (first, *others)]
     return out
 
 
@@ -233,34 +262,43 @@ def _common_prompt(rows: Sequence[Row], first: int, others: Sequence[int]) -> in
     return length
 
 
-def _point(
-    out: Arrays, segments: Sequence[_Segment], scored: Sequence[np.ndarray], shift: np.ndarray
-) -> None:
+def _point(out: Arrays, segments: Sequence[_Segment], facts: Sequence[Facts]) -> None:
     """Write where positions are predicted and what they score, from where they are in their rows.
 
     `shift` is what leads from a token's index in its row to that in the micro-batch, by segment.
     """
+    start = np.array([segment.start for segment in segments])
+    shift = out["row_start"][:-1] - start
     last = {segment.row: i for i, segment in enumerate(segments)}
-    own = np.repeat([last[i] for i in range(len(scored))], [len(s) for s in scored])
-    target = np.concatenate(scored)
-    out["sampled_id"][:] = out["token"][target + shift[own]]
-    in_prompt = target - 1 < np.array([segment.start for segment in segments])[own]
-    holder = np.where(in_prompt, out["prefix"][own], own)
-    out["predict_index"][:] = target - 1 + shift[holder]
+    own = np.repeat([last[i] for i in range(len(facts))], [len(fact.target) for fact in facts])
+    target = np.concatenate([fact.target for fact in facts])
+    place = target + shift[own]
+    out["sampled_id"][:] = out["token"][place]
+    out["predict_index"][:] = place - 1
+    if start.any():
+        in_prompt = np.flatnonzero(target <= start[own])
+        own = own[in_prompt]
+        out["predict_index"][in_prompt] += shift[out["prefix"][own]] - shift[own]
 
 
-def _copy_scores(out: Arrays, rows: Sequence[Row], counts: Sequence[int]) -> None:
-    """Write the columns along positions; each big array is moved once."""
+def _copy_facts(
+    out: Arrays, rows: Sequence[Row], facts: Sequence[Facts], counts: Sequence[int]
+) -> None:
+    """Write at each position what is true of its row."""
     of_row: dict[str, list[int] | list[float] | list[bool]] = {
-        "policy_version": [int(row.arrays["policy_version_min"][0]) for row in rows],
+        "policy_version": [fact.policy_version for fact in facts],
         "sampling_temperature": [row.sampling_temperature for row in rows],
-        "source": [int(row.arrays["source"][0]) for row in rows],
+        "source": [fact.source for fact in facts],
         "row": [row.number for row in rows],
         "cache": [row.cache for row in rows],
         "extra_likeliest": [row.extra_likeliest for row in rows],
     }
     for name, values in of_row.items():
-        out[name][:] = np.repeat(values, counts)
+        out[name][:] = np.repeat(values, counts) if len(set(values)) > 1 else values[0]
+
+
+def _copy_scores(out: Arrays, rows: Sequence[Row], counts: Sequence[int]) -> None:
+    """Write the columns along positions; each big array is moved once."""
     _copy_weights(out["weight"], rows, counts)
     for name in ("tail_logprob", "sampled_logprob", "behaviour_logprob"):
         np.concatenate([row.arrays[name] for row in rows], out=out[name])
@@ -304,18 +342,17 @@ def _copy_entries(
         raise InputError(where, expected, got, "Run 'stillroom verify'.")
 
 
-def _check_lengths(rows: Sequence[Row], scored: Sequence[np.ndarray]) -> None:
-    names = ("tail_logprob", "sampled_logprob", "behaviour_logprob", *UNUSED)
-    for row, positions in zip(rows, scored, strict=True):
-        given = len(row.arrays.get("weight", ONE))
-        if given not in (1, len(positions)):
-            where, expected = f"row {row.number}, its weights", f"1 or {len(positions)} of them"
-            raise ShapeError(where, expected, f"{given}", "Run 'stillroom verify'.")
-        for name in names:
-            if len(row.arrays.get(name, positions)) != len(positions):
-                where, got = f"row {row.number}, {name}", f"{len(row.arrays[name])}"
-                expected = f"{len(positions)} positions, as are scored"
-                raise ShapeError(where, expected, got, "Run 'stillroom verify'.")
+def _check_lengths(row: Row, positions: int) -> None:
+    given = len(row.arrays.get("weight", ONE))
+    if given not in (1, positions):
+        where, expected = f"row {row.number}, its weights", f"1 or {positions} of them"
+        raise ShapeError(where, expected, f"{given}", "Run 'stillroom verify'.")
+    for name in ("tail_logprob", "sampled_logprob", "behaviour_logprob", *UNUSED):
+        found = len(row.arrays[name]) if name in row.arrays else positions
+        if found != positions:
+            expected = f"{positions} positions, as are scored"
+            do = "Run 'stillroom verify'."
+            raise ShapeError(f"row {row.number}, {name}", expected, f"{found}", do)
 
 
 def _width(row: Row, name: str) -> int:

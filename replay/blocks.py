@@ -57,20 +57,17 @@ class Blocks(Generic[Key, Block]):
             return self._in_use + sum(map(self._size, idle)) <= self._limit
 
     def want(self, keys: Collection[Key]) -> None:
-        """Keep blocks until they are released; those that are not here are read."""
+        """Keep blocks until they are released; those that are not here are read. None is kept if
+        that cannot be asked for."""
+        wanted: list[Key] = []
         with self._lock:
-            for key in keys:
-                held = self._held.get(key)
-                if held is None:
-                    held = _Held(self._pool.submit(self._read, key), self._size(key))
-                    self._held[key] = held
-                    self._bytes += held.bytes
-                elif _failed(held.block):
-                    held.block = self._pool.submit(self._read, key)
-                if not held.users:
-                    self._in_use += held.bytes
-                held.users += 1
-                self._held.move_to_end(key)
+            try:
+                for key in keys:
+                    self._want(key)
+                    wanted.append(key)
+            except BaseException:
+                self._release(wanted)
+                raise
             self._shrink()
 
     def get(self, key: Key) -> Block:
@@ -86,14 +83,7 @@ class Blocks(Generic[Key, Block]):
     def release(self, keys: Collection[Key]) -> None:
         """Let go of blocks. One whose reading has not begun is not read."""
         with self._lock:
-            for key in keys:
-                held = self._held[key]
-                held.users -= 1
-                if not held.users:
-                    self._in_use -= held.bytes
-                    if held.block.cancel():
-                        self._forget(key)
-            self._shrink()
+            self._release(keys)
 
     def forget(self, unneeded: Callable[[Key], bool]) -> None:
         """Forget blocks that nobody wants, of those for which `unneeded` is true."""
@@ -107,6 +97,29 @@ class Blocks(Generic[Key, Block]):
         with self._lock:
             blocks = [held.block for held in self._held.values()]
         wait(blocks)
+
+    def _want(self, key: Key) -> None:
+        held = self._held.get(key)
+        if held is None:
+            held = _Held(self._pool.submit(self._read, key), self._size(key))
+            self._held[key] = held
+            self._bytes += held.bytes
+        elif _failed(held.block):
+            held.block = self._pool.submit(self._read, key)
+        if not held.users:
+            self._in_use += held.bytes
+        held.users += 1
+        self._held.move_to_end(key)
+
+    def _release(self, keys: Collection[Key]) -> None:
+        for key in keys:
+            held = self._held[key]
+            held.users -= 1
+            if not held.users:
+                self._in_use -= held.bytes
+                if held.block.cancel():
+                    self._forget(key)
+        self._shrink()
 
     def _shrink(self) -> None:
         if self._bytes <= self._limit:

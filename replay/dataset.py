@@ -41,6 +41,7 @@ class ReplayDataset(IterableDataset[Step]):
         num_steps: steps after which the run is over, counted from its beginning; None is never.
             Epochs follow one another inside the stream: it is no number of steps an epoch.
         one_row: whether a micro-batch holds one row only, for students that cannot be packed.
+        vocab_size: tokens of the student, if a cache of another vocabulary is to be refused.
         pin: whether tensors lie in page-locked memory, for a trainer on a GPU without workers; with
             workers that is the DataLoader's `pin_memory`.
 
@@ -57,6 +58,7 @@ class ReplayDataset(IterableDataset[Step]):
         world: int = 1,
         num_steps: int | None = None,
         one_row: bool = False,
+        vocab_size: int | None = None,
         pin: bool = False,
     ) -> None:
         """Keep the arguments; nothing is opened yet."""
@@ -65,6 +67,7 @@ class ReplayDataset(IterableDataset[Step]):
         self._sources = (sources,) if isinstance(sources, StoredSource) else tuple(sources)
         self._config, self._rank, self._world = config, rank, world
         self._num_steps, self._one_row, self._pin = num_steps, one_row, pin
+        self._vocab_size = vocab_size
         self._start = DatasetState()
         self._running: _Running | None = None
         self._pid = os.getpid()
@@ -74,7 +77,8 @@ class ReplayDataset(IterableDataset[Step]):
 
         Raises:
             ForkedError: this is a forked worker.
-            MismatchError: the loaded state is that of another stream, or another worker's.
+            MismatchError: the loaded state is that of another stream, or another worker's, or the
+                caches fit neither each other nor the student.
             ConfigError: a worker is to follow a growing cache.
         """
         self._check_process()
@@ -149,6 +153,7 @@ class ReplayDataset(IterableDataset[Step]):
             rank=self._rank,
             world=self._world,
             one_row=self._one_row,
+            vocab_size=self._vocab_size,
             stride=start.workers,
             **pinned,
         )

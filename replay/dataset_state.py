@@ -40,6 +40,8 @@ class DatasetState:
             MismatchError: it is of another format.
         """
         do = "Resume from another checkpoint."
+        if not isinstance(state, Mapping):
+            raise CorruptError(WHERE, "a mapping", f"{state!r:.40}", do)
         if state.get("format") != FORMAT:
             got = f"{state.get('format')!r:.40}"
             raise MismatchError(WHERE, f"format {FORMAT}", got, do)

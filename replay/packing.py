@@ -20,17 +20,17 @@ def pack(tokens: Sequence[int], max_tokens: int, max_items: int | None = None) -
     """
     most = len(tokens) if max_items is None else max_items
     bins: list[list[int]] = []
-    room: list[int] = []
+    room: dict[int, int] = {}  # in tokens, of each micro-batch that takes another item
     for i in _longest_first(tokens):
-        at = next(
-            (b for b, free in enumerate(room) if tokens[i] <= free and len(bins[b]) < most), None
-        )
+        at = next((b for b, free in room.items() if tokens[i] <= free), None)
         if at is None:
+            at = len(bins)
             bins.append([])
-            room.append(max_tokens)
-            at = len(bins) - 1
+            room[at] = max_tokens
         bins[at].append(i)
         room[at] -= tokens[i]
+        if len(bins[at]) == most or not room[at]:
+            del room[at]
     return [sorted(items) for items in bins]
 
 

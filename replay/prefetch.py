@@ -1,12 +1,13 @@
-"""Steps read ahead by threads: one plans them, several read and decode their blocks, and one packs
+"""Steps read ahead by threads: one plans them, several read and decode their blocks, and two pack
 their batches, as far ahead as two bounds in bytes allow."""
 
 import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Lock, RLock
 
 from stillroom.cache.recycler import Empty
 from stillroom.replay.batch import Batch, MicroBatch, collate
@@ -17,6 +18,7 @@ from stillroom.replay.step import Item, Key, Position, Step
 
 MOST_STEPS = 64
 """On their way at once, however small they are."""
+PACK_THREADS = 2
 
 Plan = Callable[[Position], tuple[Step, Position]]
 """The step at a position, and the position after it."""
@@ -31,6 +33,12 @@ class _Coming:
     after: Position
     keys: frozenset[Key]
     bytes: int
+    once: Lock = field(default_factory=Lock)
+
+    def release(self, blocks: Blocks[Key, Block]) -> None:
+        """Let go of its blocks, which were wanted once; later calls do nothing."""
+        if self.once.acquire(blocking=False):
+            blocks.release(self.keys)
 
 
 class Prefetch:
@@ -40,21 +48,25 @@ class Prefetch:
         cached_bytes: bound on decoded blocks.
         ahead_bytes: bound on batches; one is always on its way, and MOST_STEPS at most.
         threads: threads that read.
-        empty: allocates arrays of batches.
+        empty: allocates arrays of batches, for several threads at once.
     """
 
     def __init__(self, cached_bytes: int, ahead_bytes: int, threads: int, empty: Empty) -> None:
         """Start threads when they are first needed."""
         self._limit, self._empty = ahead_bytes, empty
-        self._readers = ThreadPoolExecutor(threads, "stillroom-read")
-        self._packer = ThreadPoolExecutor(1, "stillroom-pack")
-        self._planner = ThreadPoolExecutor(1, "stillroom-plan")
-        self._blocks: Blocks[Key, Block] = Blocks(_read, _size, self._readers, cached_bytes)
+        self._read_pool = ThreadPoolExecutor(threads, "stillroom-read")
+        self._pack_pool = ThreadPoolExecutor(PACK_THREADS, "stillroom-pack")
+        self._plan_pool = ThreadPoolExecutor(1, "stillroom-plan")
+        self._blocks: Blocks[Key, Block] = Blocks(_read, _size, self._read_pool, cached_bytes)
+        # Held while steps are added or dropped; the first one is taken without it.
+        self._lock = RLock()
         self._ahead: deque[tuple[_Coming, Future[Batch]]] = deque()
+        # After the last step on its way; None where all are to be dropped.
+        self._end: Position | None = None
         self._next: _Coming | None = None
         self._planning: Future[None] | None = None
         self._finalizer = weakref.finalize(
-            self, _shut_down, os.getpid(), self._readers, self._packer, self._planner
+            self, _shut_down, os.getpid(), self._read_pool, self._pack_pool, self._plan_pool
         )
 
     @property
@@ -71,8 +83,8 @@ class Prefetch:
             at: where to begin if no step is on its way, or another one.
 
         Raises:
-            Exception: whatever planning or reading it raised. All steps on their way are dropped
-                then.
+            Exception: whatever planning or reading this step raised. All steps on their way are
+                dropped then.
         """
         self.fill(plan, at)
         coming, batch = self._ahead[0]
@@ -84,37 +96,34 @@ class Prefetch:
                 self._blocks.settle()
             raise
         self._ahead.popleft()
-        self._planning = self._planner.submit(self._fill, plan, coming.after)
+        self._plan_on(plan)
         return found, coming.after
 
     def fill(self, plan: Plan, at: Position) -> None:
-        """Have the step at a position read, and later ones as far ahead as the bounds allow."""
-        try:
-            self.settle()
-            if self._ahead and self._ahead[0][0].at != at:
-                self.drop()  # an interrupt came between taking a step and noting it
-            if not self._ahead:
-                self._fill(plan, at)
-        except BaseException:
-            self.drop()
-            raise
-
-    def settle(self) -> None:
-        """Wait until steps are planned as far ahead as the bounds allow."""
-        if self._planning is not None:
-            self._planning.result()
-            self._planning = None
+        """Have the step at a position on its way. Where it is not yet, later ones are planned too,
+        as far ahead as the bounds allow."""
+        if self._ahead and self._begins_at() == at:
+            return
+        with self._lock:
+            try:
+                if self._begins_at() != at:
+                    self.drop()
+                    self._end = at
+                if not self._ahead:
+                    self._fill(plan)
+            except BaseException:
+                self.drop()
+                raise
 
     def drop(self) -> None:
         """Forget the steps on their way."""
-        if self._planning is not None:
-            wait([self._planning])
-            self._planning = None
-        for coming, batch in self._ahead:
-            if batch.cancel():
-                self._blocks.release(coming.keys)
-        self._ahead.clear()
-        self._next = None
+        with self._lock:
+            self._end = self._next = None
+            while self._ahead:
+                coming, batch = self._ahead[0]
+                if batch.cancel():
+                    coming.release(self._blocks)
+                self._ahead.popleft()
 
     def forget_all_but(self, feeds: Collection[Feed]) -> None:
         """Forget decoded blocks of feeds that are no longer read."""
@@ -124,29 +133,56 @@ class Prefetch:
         """Drop all, and wait until the threads have ended."""
         self.drop()
         self._finalizer()
-        for pool in (self._planner, self._packer, self._readers):
+        for pool in (self._plan_pool, self._pack_pool, self._read_pool):
             pool.shutdown()
 
-    def _fill(self, plan: Plan, at: Position) -> None:
-        while True:
-            if self._next is None:
-                begin = self._ahead[-1][0].after if self._ahead else at
-                step, after = plan(begin)
-                self._next = _Coming(begin, step, after, frozenset(step.keys()), step.bytes())
-            if self._ahead and not self._fits(self._next):
-                return
-            coming, self._next = self._next, None
-            self._blocks.want(coming.keys)
+    def _begins_at(self) -> Position | None:
+        """The position of the step that is taken next, and None where all are to be dropped."""
+        return self._ahead[0][0].at if self._ahead and self._end is not None else self._end
+
+    def _plan_on(self, plan: Plan) -> None:
+        """Plan in the other thread, unless it is about to begin anyway."""
+        last = self._planning
+        if last is None or last.running() or last.done():
+            self._planning = self._plan_pool.submit(self._fill, plan)
+
+    def _fill(self, plan: Plan) -> None:
+        """Add steps as far ahead as the bounds allow. What is raised while others are on their way
+        is raised again when they are taken, and the step is needed."""
+        with self._lock:
             try:
-                batch = self._packer.submit(_pack, coming, self._blocks, self._empty)
-            except BaseException:
-                self._blocks.release(coming.keys)
-                raise
-            self._ahead.append((coming, batch))
+                while self._add(plan):
+                    pass
+            except Exception:
+                if not self._ahead:
+                    raise
+
+    def _add(self, plan: Plan) -> bool:
+        """Have one more step read, unless there is no room or all are dropped."""
+        if self._end is None:
+            return False
+        if self._next is None or self._next.at != self._end:
+            step, after = plan(self._end)
+            self._next = _Coming(self._end, step, after, frozenset(step.keys()), step.bytes())
+        if not self._fits(self._next):
+            return False
+        coming, self._next = self._next, None
+        self._blocks.want(coming.keys)
+        try:
+            batch = self._pack_pool.submit(_pack, coming, self._blocks, self._empty)
+        except BaseException:
+            coming.release(self._blocks)
+            raise
+        self._ahead.append((coming, batch))
+        self._end = coming.after
+        return True
 
     def _fits(self, coming: _Coming) -> bool:
-        ready = sum(ahead.bytes for ahead, _ in self._ahead)
-        few = len(self._ahead) < MOST_STEPS and ready + coming.bytes <= self._limit
+        ahead = self._ahead.copy()  # the first may be taken meanwhile
+        if not ahead:
+            return True
+        ready = sum(one.bytes for one, _ in ahead)
+        few = len(ahead) < MOST_STEPS and ready + coming.bytes <= self._limit
         return few and self._blocks.fits(coming.keys)
 
 
@@ -166,7 +202,7 @@ def _pack(coming: _Coming, blocks: Blocks[Key, Block], empty: Empty) -> Batch:
     try:
         micro = [_collate(items, blocks, empty) for items in step.micro_batches]
     finally:
-        blocks.release(coming.keys)
+        coming.release(blocks)
     return Batch(
         epoch=step.epoch,
         first=step.first,

@@ -4,17 +4,18 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
 from stillroom.cache.commits import Commit
-from stillroom.cache.errors import MissingError
+from stillroom.cache.errors import MissingError, ShapeError
 from stillroom.cache.recycler import Empty
 from stillroom.cache.schema import EDGE_OF, USER_NAME, Arrays, Axis
 from stillroom.cache.shard import Shard
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
-from stillroom.replay.batch import Row
+from stillroom.replay.batch import Facts, Row
 from stillroom.replay.sampler import notes_likeliest
 
 OPEN_SHARDS = 128
@@ -36,10 +37,12 @@ COLUMNS: dict[str, Axis] = {
     "prompt_length": "sequence",
 }
 """What is read of a shard."""
+OF_FACTS = ("scored", "source", "policy_version_min")
+"""Columns that `Facts` stand for."""
 WEIGHT = "weight"
 """What a row's weights are called, whatever their column's name."""
 ENTRY_BYTES = 6
-POSITION_BYTES = 10
+POSITION_BYTES = 14
 WEIGHT_BYTES = 4
 EXTRA_BYTES = 10
 TOKEN_BYTES = 6
@@ -53,7 +56,10 @@ class Piece:
     """Snapshot number of its first row."""
     arrays: Arrays
     columns: tuple[tuple[str, np.ndarray, Sequence[int]], ...]
-    """Name, values, and where each row begins in them; the last entry ends the last one."""
+    """What rows have: name, values, and where each row begins in them; the last entry ends the last
+    one."""
+    facts: tuple[Facts, ...]
+    """Of each row."""
     temperature: float
     """At which the rows were sampled; NaN if unknown."""
     extra_likeliest: bool
@@ -97,7 +103,9 @@ class RowReader:
             lambda part: cache.shard(snapshot.commits[part], empty)
         )
         identity, weighted = cache.identity, weight_column is not None
-        self._row_bytes = _row_bytes(snapshot.commits, identity.topk, identity.extra, weighted)
+        row_bytes = _row_bytes(snapshot.commits, identity.topk, identity.extra, weighted)
+        starts = range(0, len(row_bytes), block_rows)
+        self._block_bytes: list[int] = np.add.reduceat(row_bytes, starts).tolist()
 
     def block_of(self, row: int) -> int:
         """Number of the block that holds a row."""
@@ -106,12 +114,12 @@ class RowReader:
     @property
     def mean_row_bytes(self) -> float:
         """What a row takes in memory on average."""
-        return float(self._row_bytes.mean())
+        return float(sum(self._block_bytes) / self._ends[-1])
 
     def block_bytes(self, block: int) -> int:
-        """What the columns of a block along tokens and positions take in memory."""
-        start = block * self._block_rows
-        return int(self._row_bytes[start : start + self._block_rows].sum())
+        """What the columns of a block along tokens and positions take in memory, and the facts of
+        its rows."""
+        return self._block_bytes[block]
 
     def read(self, block: int) -> Block:
         """Read, verify and decode a block.
@@ -119,6 +127,7 @@ class RowReader:
         Raises:
             CorruptError: stored bytes are damaged; names the object.
             MissingError: a shard is gone, or has no column of weights.
+            ShapeError: a row does not have a position for each token that is scored.
         """
         start = block * self._block_rows
         stop = min(start + self._block_rows, self._ends[-1])
@@ -131,8 +140,8 @@ class RowReader:
             arrays = shard.rows(start - before, end - before, names)
             sampler = shard.manifest.attributes["sampler"]
             temperature, likeliest = _number(sampler.get("temperature")), notes_likeliest(sampler)
-            columns = _columns(arrays, names)
-            pieces.append(Piece(start, arrays, columns, temperature, likeliest))
+            columns, facts = _columns(arrays, names), _facts(arrays, start)
+            pieces.append(Piece(start, arrays, columns, facts, temperature, likeliest))
             start = end
         return tuple(pieces)
 
@@ -140,8 +149,11 @@ class RowReader:
         """A row of a block; its arrays are views."""
         piece = block[bisect_right(block, number, key=lambda p: p.first) - 1]
         at = number - piece.first
-        arrays = _cut(_one(piece, at), self._max_tokens)
-        return Row(number, arrays, piece.temperature, self._number, piece.extra_likeliest)
+        arrays = {name: values[edge[at] : edge[at + 1]] for name, values, edge in piece.columns}
+        facts = piece.facts[at]
+        if len(arrays["token"]) > self._max_tokens:
+            arrays, facts = _cut(arrays, facts, self._max_tokens)
+        return Row(number, arrays, piece.temperature, self._number, piece.extra_likeliest, facts)
 
     def _weight_axis(self, shard: Shard) -> dict[str, Axis]:
         name = self._weight_column
@@ -175,18 +187,27 @@ def _columns(
     return tuple(
         (name if name in COLUMNS else WEIGHT, arrays[name], edges[axis])
         for name, axis in axes.items()
-        if name in arrays
+        if name in arrays and name not in OF_FACTS
     )
 
 
-def _one(piece: Piece, at: int) -> Arrays:
-    return {name: values[edge[at] : edge[at + 1]] for name, values, edge in piece.columns}
+def _facts(arrays: Arrays, first: int) -> tuple[Facts, ...]:
+    """Those of each row; `first` is the number of the first one."""
+    token_start, start = arrays[EDGE_OF["token"]], arrays[EDGE_OF["position"]]
+    target = np.flatnonzero(arrays["scored"] != 0)  # of 16-bit numbers alone it is slow
+    scored, positions = np.diff(np.searchsorted(target, token_start)), np.diff(start)
+    for row in np.flatnonzero(scored != positions).tolist():
+        where, do = f"row {first + row}, tail_logprob", "Run 'stillroom verify'."
+        expected = f"{scored[row]} positions, as are scored"
+        raise ShapeError(where, expected, f"{positions[row]}", do)
+    target = (target - np.repeat(token_start[:-1], positions)).astype(np.int32)
+    own = (target[begin:end] for begin, end in pairwise(start.tolist()))
+    return tuple(map(Facts, own, *(arrays[name].tolist() for name in OF_FACTS[1:])))
 
 
-def _cut(row: Arrays, max_tokens: int) -> Arrays:
+def _cut(row: Arrays, facts: Facts, max_tokens: int) -> tuple[Arrays, Facts]:
     """The first tokens of a row, and the positions that score them."""
-    if len(row["token"]) <= max_tokens:
-        return row
-    positions = int(row["scored"][:max_tokens].sum())
+    positions = int(np.searchsorted(facts.target, max_tokens))
     kept = {"token": max_tokens, "position": positions, "sequence": 1}
-    return {name: array[: kept[COLUMNS.get(name, "position")]] for name, array in row.items()}
+    arrays = {name: array[: kept[COLUMNS.get(name, "position")]] for name, array in row.items()}
+    return arrays, facts._replace(target=facts.target[:positions])

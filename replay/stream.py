@@ -40,8 +40,8 @@ class ReplayStream:
         one_row: give each micro-batch one row (or one group with a shared prompt), for students
             whose packed rows would see one another.
         vocab_size: tokens of the student, if a cache of another vocabulary is to be refused.
-        empty: allocates arrays of batches, for memory that a GPU copies from; None uses that of
-            batches that nobody holds any more.
+        empty: allocates arrays of batches, for memory that a GPU copies from; called by several
+            threads. None uses that of batches that nobody holds any more.
         agree: how ranks agree on newer snapshots; None for torch.distributed.
         stride: takes one step and passes over the next stride - 1, unread: so many streams, each
             skipped to a step of its own, share the steps.
@@ -71,11 +71,12 @@ class ReplayStream:
         check_stride(stride, config)
         check_sources(sources, config, vocab_size)
         self._config, self._stride, self._world = config, stride, world
+        self._one_row = one_row
         self._pid = os.getpid()
         self._follow = config.follow_every_steps
         self._agree = agree or (agree_among(world) if self._follow else None)
         self._shares = shares([source.weight for source in sources])
-        made = Recycler(config.cached_bytes + config.ahead_bytes).empty
+        made = Recycler(config.cached_bytes + (0 if empty else config.ahead_bytes)).empty
         self._planner = Planner(
             [Feed(source, number, config, made) for number, source in enumerate(sources)],
             self._shares,
@@ -96,9 +97,11 @@ class ReplayStream:
 
     def _what_ranks_share(self) -> dict[str, Any]:
         config = self._config
-        sizes = {"batch_rows": config.batch_rows, "max_tokens": config.max_tokens}
+        sizes: dict[str, Any] = {"batch_rows": config.batch_rows}
+        sizes |= {"max_tokens": config.max_tokens}
         sizes |= {"share_prompts": bool(config.share_prompts), "world": self._world}
-        sizes |= {"even_ranks": config.even_ranks}
+        sizes |= {"even_ranks": config.even_ranks, "weight_column": config.weight_column}
+        sizes |= {"one_row": self._one_row, "stride": self._stride}
         return sizes | {"follow_every_steps": self._follow} | self.state_dict()
 
     @property
@@ -168,7 +171,8 @@ class ReplayStream:
 
     def skip(self, steps: int) -> None:
         """Pass over steps without reading their rows. A stream that follows its caches looks for
-        newer commits on the way."""
+        newer commits on the way. With `lag_half_life` this goes step by step, and finds out which
+        rows each epoch on the way has."""
         self._check_usable()
         if steps < 0:
             raise ConfigError("steps to skip", "0 or more", f"{steps}", "Load a state to go back.")

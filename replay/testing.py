@@ -1,4 +1,4 @@
-"""A check that a stream resumes anywhere: its states, restored in new processes and with other
+"""A check that a stream resumes anywhere: its states, restored in a new process and with other
 settings, are followed by what the unbroken run gave, and a late state costs no more than an early
 one.
 
@@ -88,8 +88,8 @@ def variants_of(config: StreamConfig) -> list[Variant]:
 def check_resume(
     stream: StoredStream, steps: int, variants: Sequence[Variant] | None = None
 ) -> None:
-    """Save the state before every step of a run, restore each of them in a new process, and compare
-    all that follows, up to the run's end.
+    """Save the state before every step of a run, restore all of them in a new process, the last one
+    first, and compare what follows each, up to the run's end.
 
     With the same world and batch every byte of every array must be the same. On more ranks each
     step must have the same rows with the same values, each on one rank, and all ranks as many
@@ -124,11 +124,14 @@ def _run(stream: StoredStream, steps: int) -> tuple[list[State], list[Record]]:
 def _restore_all(
     stream: StoredStream, variants: Sequence[Variant], states: Sequence[State], rows: Sequence[int]
 ) -> list[list[list[list[Record]]]]:
-    """By variant, state, step from there on, and rank."""
-    return [
-        [_restore(stream, variant, state, sum(rows[step:])) for step, state in enumerate(states)]
-        for variant in variants
-    ]
+    """By variant, state, step from there on, and rank. The last state comes first, so that whatever
+    one leaves behind is seen in the next."""
+    found = []
+    for variant in variants:
+        steps = range(len(states) - 1, -1, -1)
+        late = [_restore(stream, variant, states[step], sum(rows[step:])) for step in steps]
+        found.append(late[::-1])
+    return found
 
 
 def _restore(stream: StoredStream, variant: Variant, state: State, rows: int) -> list[list[Record]]:

@@ -49,6 +49,33 @@ def test_what_is_free_is_let_go_beyond_the_limit() -> None:
     assert recycler.bytes >= kept.nbytes
 
 
+def test_no_more_is_let_go_than_a_new_array_takes() -> None:
+    recycler = Recycler(10 * LEAST_BYTES)
+    held = [recycler.empty(size * LEAST_BYTES, np.uint8) for size in (2, 3, 4)]
+    del held
+    recycler.empty(LEAST_BYTES * 5 // 2, np.uint8)
+    assert recycler.bytes >= 7 * LEAST_BYTES
+
+
+def test_buffers_in_use_are_not_looked_through_for_every_array(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks, let_go = [], Recycler._let_go
+
+    def counted(recycler: Recycler, needed: int) -> None:
+        looks.append(needed)
+        let_go(recycler, needed)
+
+    monkeypatch.setattr(Recycler, "_let_go", counted)
+    recycler = Recycler(64 * LEAST_BYTES)
+    held = [recycler.empty(LEAST_BYTES, np.uint8) for _ in range(200)]
+    assert 0 < len(looks) <= 136 / 4
+    del held
+    for size in range(2, 12):
+        recycler.empty(size * LEAST_BYTES, np.uint8)
+    assert recycler.bytes <= 64 * LEAST_BYTES, "what is free goes once they are used no more"
+
+
 def test_arrays_in_use_never_overlap() -> None:
     """Threads write their own number into arrays that they hold and drop at random."""
     recycler, wrong = Recycler(8 << 20), []

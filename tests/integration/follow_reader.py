@@ -41,9 +41,10 @@ def caught(error: Exception) -> str:
 
 
 def opened_differently(source: Source, config: StreamConfig, rank: int, world: int) -> str:
-    """What the ranks see that open streams with seeds of their own."""
+    """What the ranks see that open streams with seeds and forms of their own."""
     try:
-        ReplayStream(source, replace(config, seed=rank), rank=rank, world=world)
+        own = replace(config, seed=rank)
+        ReplayStream(source, own, rank=rank, world=world, one_row=rank > 0)
     except MismatchError as error:
         return str(error)
     return "nothing"

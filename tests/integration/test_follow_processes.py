@@ -70,7 +70,7 @@ class Got:
     errors: list[list[str]]
     """What each rank saw of errors that rank 0 met."""
     refused: list[str]
-    """What each rank saw of streams with seeds of their own."""
+    """What each rank saw of streams with seeds and forms of their own."""
 
 
 def read_while_written(folder: Path, world: int) -> Got:
@@ -167,4 +167,5 @@ def test_an_error_of_rank_0_is_raised_on_all_ranks(got: Got) -> None:
 
 def test_streams_that_ranks_open_differently_are_refused_on_all(got: Got) -> None:
     assert len(set(got.refused)) == 1
-    assert "the stream of rank 1: expected rank 0's seed = 0; got seed = 1" in got.refused[0]
+    expected, found = "one_row = False, seed = 0", "one_row = True, seed = 1"
+    assert f"the stream of rank 1: expected rank 0's {expected}; got {found}" in got.refused[0]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from stillroom.cache.errors import InputError, ShapeError
-from stillroom.replay.batch import MicroBatch, Row, collate, idle_micro_batch
+from stillroom.replay.batch import Facts, MicroBatch, Row, collate, idle_micro_batch
+from tests.replay.collate_twin import assert_collated
 
 
 def hand_row(number: int, prompt: list[int], completion: list[int], **changes: Any) -> Row:
@@ -31,6 +32,63 @@ def hand_row(number: int, prompt: list[int], completion: list[int], **changes: A
         "source": np.array([number % 5], np.uint16),
     }
     return Row(number, arrays | changes, 1.0 + number, cache=number % 3)
+
+
+def random_rows(rng: np.random.Generator) -> tuple[list[Row], list[int]]:
+    """Rows with gaps, cuts, other K and M and perhaps weights, and groups that share prompts."""
+    rows: list[Row] = []
+    groups: list[int] = []
+    while len(rows) < 12:
+        prompt = rng.integers(0, 50, rng.integers(1, 6)).tolist()
+        groups += [len(rows)] * int(rng.integers(1, 4))
+        while len(rows) < len(groups):
+            completion = rng.integers(0, 50, rng.integers(1, 9)).tolist()
+            scored = rng.integers(0, 2, len(completion)).tolist()
+            kept = sum(scored)
+            changes: dict[str, Any] = {}
+            for prefix, width in (("topk", rng.integers(1, 4)), ("extra", rng.integers(0, 3))):
+                shape = kept, int(width)
+                if width:
+                    changes[f"{prefix}_id"] = rng.integers(0, 99, shape).astype(np.uint32)
+                    changes[f"{prefix}_logprob"] = rng.normal(size=shape).astype(np.float16)
+            if "extra_id" in changes:
+                behaviour = rng.normal(size=changes["extra_id"].shape)
+                changes["extra_behaviour_logprob"] = behaviour.astype(np.float32)
+            if length := int(rng.choice([0, 1, kept])):
+                changes["weight"] = rng.random(length, np.float32)
+            row = hand_row(len(rows), prompt, completion, scored=scored, **changes)
+            rows.append(cut_row(row, int(rng.choice([3, 99]))))
+    return rows, groups
+
+
+def cut_row(row: Row, tokens: int) -> Row:
+    """The first tokens of a row and what scores them."""
+    kept = int(row.arrays["scored"][:tokens].sum())
+    ends = {"token": tokens, "scored": tokens}
+    ends |= dict.fromkeys(
+        ("prompt_length", "policy_version_min", "policy_version_max", "source"), 1
+    )
+    if len(row.arrays.get("weight", ())) == 1:
+        ends["weight"] = 1
+    arrays = {name: array[: ends.get(name, kept)] for name, array in row.arrays.items()}
+    return dataclasses.replace(row, arrays=arrays)
+
+
+def with_facts(row: Row) -> Row:
+    """The same row as a reader gives it."""
+    arrays = dict(row.arrays)
+    (source,), (policy,) = arrays.pop("source"), arrays.pop("policy_version_min")
+    target = np.flatnonzero(arrays.pop("scored")).astype(np.int32)
+    return dataclasses.replace(row, arrays=arrays, facts=Facts(target, int(source), int(policy)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_rows_are_collated_as_a_plain_twin_does(seed: int) -> None:
+    rows, groups = random_rows(np.random.default_rng(seed))
+    for given in (rows, [with_facts(row) for row in rows]):
+        assert_collated(given, rows, None)
+        assert_collated(given, rows, groups)
+        assert_collated(given, rows, list(range(len(rows))))
 
 
 def test_one_row_scores_every_token_of_its_completion() -> None:

@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event, Lock
 
 import pytest
@@ -163,6 +163,25 @@ def test_a_failed_block_is_read_again_though_another_has_not_let_go(
     blocks.release({4})
     assert blocks.bytes == 5
     assert reader.reads[4] == 2
+
+
+def test_nothing_is_wanted_where_a_read_cannot_be_asked_for(
+    reader: Reader, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, submit = make(reader, pool, 100), pool.submit
+    blocks.want({1})
+
+    def scarce(read: Reader, key: int) -> Future[str]:
+        if key == 3:
+            raise RuntimeError("can't start new thread")
+        return submit(read, key)
+
+    monkeypatch.setattr(pool, "submit", scarce)
+    with pytest.raises(RuntimeError, match="new thread"):
+        blocks.want([1, 2, 3, 4])
+    assert blocks._in_use == 2, "block 1 is wanted still"
+    monkeypatch.undo()
+    assert use(blocks, {1, 2, 3, 4}) == ["1", "2", "3", "4"]
 
 
 def test_what_is_released_before_its_turn_is_not_read(reader: Reader) -> None:

@@ -375,6 +375,19 @@ def test_a_state_that_is_none_is_refused(
     assert_same(itertools.islice(dataset, 2), expected_steps(scored_cache, 2))
 
 
+@pytest.mark.parametrize("state", [None, 3, []])
+def test_what_is_no_mapping_is_no_state(scored_cache: Cache, state: Any) -> None:
+    with pytest.raises(CorruptError, match="dataset state: expected a mapping; got"):
+        make(scored_cache).load_state_dict(state)
+
+
+def test_a_student_of_another_vocabulary_is_refused(scored_cache: Cache) -> None:
+    size = scored_cache.identity.vocab_size
+    next(iter(make(scored_cache, vocab_size=size)))
+    with pytest.raises(MismatchError, match=f"vocabulary of {size + 1}; got {size}"):
+        iter(make(scored_cache, vocab_size=size + 1))
+
+
 def test_the_state_of_another_cache_is_refused(scored_cache: Cache, other_cache: Cache) -> None:
     theirs = make(other_cache)
     next(iter(theirs))

@@ -43,6 +43,24 @@ def test_packing_depends_on_nothing_else(lengths: list[int]) -> None:
     assert pack(lengths, MAX_TOKENS) == pack(tuple(lengths), MAX_TOKENS)
 
 
+class Compared(int):
+    """Counts comparisons with room that is left."""
+
+    count = 0
+
+    def __le__(self, other: int) -> bool:
+        """Count."""
+        Compared.count += 1
+        return int(self) <= other
+
+
+@pytest.mark.parametrize("most", [1, 4])
+def test_full_bins_are_not_looked_at(most: int) -> None:
+    assert len(pack([Compared(1)] * 1000, 10_000, most)) == 1000 // most
+    assert Compared.count <= 1000
+    Compared.count = 0
+
+
 def test_first_fit_decreasing_by_hand() -> None:
     assert pack([3, 7, 5, 5, 2, 8], 10) == [[4, 5], [0, 1], [2, 3]]
     assert pack([10, 10], 10) == [[0], [1]]

@@ -1,17 +1,14 @@
 """Reading ahead: bounded, errors in the caller's thread, and threads that end."""
 
-import copy
 import gc
-import pickle
+import random
 import shutil
-import subprocess
-import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from dataclasses import fields, replace
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from stillroom.cache.zarr_layout import OBJECT_NAME
 from stillroom.replay.batch import Batch, MicroBatch
 from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
-from stillroom.replay.prefetch import MOST_STEPS, Prefetch
+from stillroom.replay.prefetch import MOST_STEPS, PACK_THREADS, Prefetch
 from stillroom.replay.reader import Block, RowReader
 from stillroom.replay.step import Position, Step
 from stillroom.replay.stream import ReplayStream
@@ -42,10 +39,17 @@ def open_stream(
     return ReplayStream(Source(cache, cache.snapshot()), config, empty=empty)
 
 
+def planned(stream: ReplayStream) -> Prefetch:
+    """Wait until steps are planned as far ahead as the bounds allow."""
+    planning = stream._ahead._planning
+    assert planning is not None
+    assert not wait([planning], WAIT_S).not_done
+    return stream._ahead
+
+
 def settle(stream: ReplayStream) -> Prefetch:
     """Wait until all steps on their way are ready."""
-    ahead = stream._ahead
-    ahead.settle()
+    ahead = planned(stream)
     assert not wait([batch for _, batch in ahead._ahead], WAIT_S).not_done
     return ahead
 
@@ -138,8 +142,7 @@ def test_not_more_than_so_many_steps_are_ahead(scored_cache: Cache) -> None:
     with open_stream(scored_cache, batch_rows=1) as stream:
         for _ in range(3):
             stream.next_batch()
-            stream._ahead.settle()
-            assert len(stream._ahead._ahead) == MOST_STEPS
+            assert len(planned(stream)._ahead) == MOST_STEPS
 
 
 def test_nothing_runs_before_the_first_batch_is_wanted(scored_cache: Cache) -> None:
@@ -177,11 +180,10 @@ def test_after_an_error_the_stream_stays_and_goes_on_when_the_file_is_back(
 
 
 def test_an_error_in_packing_is_raised_here(scored_cache: Cache) -> None:
-    left = [200]
+    calls, freed = count(), threading.Event()
 
     def scarce(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        left[0] -= 1
-        if left[0] < 0:
+        if next(calls) >= 200 and not freed.is_set():
             raise MemoryError("no pinned memory is left")
         return np.empty(shape, dtype)
 
@@ -189,7 +191,7 @@ def test_an_error_in_packing_is_raised_here(scored_cache: Cache) -> None:
         assert same(stream.next_batch(), other.next_batch())
         with pytest.raises(MemoryError, match="pinned"):
             deque(zip(stream, other, strict=False), maxlen=0)
-        left[0] = 10**6
+        freed.set()
         other.load_state_dict(stream.state_dict())
         assert same(stream.next_batch(), other.next_batch())
 
@@ -198,8 +200,10 @@ def test_closing_ends_all_threads(scored_cache: Cache) -> None:
     before = own_threads()
     stream = open_stream(scored_cache)
     stream.next_batch()
-    stream._ahead.settle()
-    assert len(own_threads() - before) == 4, "two that read, one that plans and one that packs"
+    settle(stream)
+    found = Counter(thread.name.rpartition("_")[0] for thread in own_threads() - before)
+    assert found.keys() == {"stillroom-read", "stillroom-plan", "stillroom-pack"}
+    assert found <= Counter({"stillroom-read": 2, "stillroom-plan": 1, "stillroom-pack": 2})
     stream.close()
     assert own_threads() == before
     stream.close()
@@ -264,7 +268,7 @@ def test_closing_while_blocks_are_read_waits_for_these_only(
     assert gate.reached.wait(WAIT_S)
     closing = threading.Thread(target=stream.close)
     closing.start()
-    while not stream._ahead.closed:
+    while not stream._ahead._plan_pool._shutdown:  # the last one that is told to end
         gate.reached.wait(0.001)
     gate.open.set()
     closing.join(WAIT_S)
@@ -287,67 +291,11 @@ def test_going_to_another_state_leaves_nothing_wanted(scored_cache: Cache) -> No
             other.load_state_dict(state)
             assert same(stream.next_batch(), other.next_batch())
         stream.load_state_dict(states[0])
-        stream._ahead._packer.submit(int).result(WAIT_S)
+        packed = threading.Barrier(PACK_THREADS + 1, timeout=WAIT_S)
+        for _ in range(PACK_THREADS):
+            stream._ahead._pack_pool.submit(packed.wait)
+        packed.wait()
         assert stream._ahead._blocks._in_use == 0
-
-
-@pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy, copy.deepcopy])
-def test_a_stream_does_not_travel(scored_cache: Cache, duplicate: Callable[[Any], Any]) -> None:
-    with open_stream(scored_cache) as stream:
-        stream.next_batch()
-        with pytest.raises(ConfigError, match="a process of its own"):
-            duplicate(stream)
-
-
-FORK = """
-import gc, os, sys
-from stillroom.cache.errors import ForkedError
-from stillroom.cache.store import Cache
-from stillroom.replay.config import StreamConfig
-from stillroom.replay.feed import Source
-from stillroom.replay.step import Position, Step
-from stillroom.replay.stream import ReplayStream
-
-cache = Cache.open(sys.argv[1])
-config = StreamConfig(batch_rows=5, max_tokens=40, block_rows=4, window_rows=5, threads=2)
-stream = ReplayStream(Source(cache, cache.snapshot()), config)
-rows = [stream.next_batch().rows for _ in range(3)]
-child = os.fork()
-if not child:
-    for use in (stream.next_batch, lambda: next(iter(stream)), lambda: stream.skip(1),
-                lambda: stream.load_state_dict(stream.state_dict())):
-        try:
-            use()
-        except ForkedError as error:
-            assert "the process that made it" in str(error) and "spawn" in str(error)
-        else:
-            os._exit(3)
-    stream.close()
-    del stream, use
-    gc.collect()
-    sys.exit(0)
-_, status = os.waitpid(child, 0)
-assert status == 0, status
-rows += [stream.next_batch().rows for _ in range(3)]
-again = ReplayStream(Source(cache, cache.snapshot()), config)
-assert rows == [again.next_batch().rows for _ in range(6)]
-print("the child refused, and the parent went on")
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
-def test_a_forked_child_is_refused_at_once_and_ends(scored_cache: Cache) -> None:
-    command = [sys.executable, "-c", FORK, str(scored_cache.storage.root)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "the child refused, and the parent went on\n"
-
-
-def test_a_program_that_ends_without_closing_ends(scored_cache: Cache) -> None:
-    script = FORK.split("child = ")[0] + "print('the end')"
-    command = [sys.executable, "-c", script, str(scored_cache.storage.root)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")
 
 
 def test_blocks_are_read_at_the_same_time(scored_cache: Cache, monkeypatch: Any) -> None:
@@ -366,27 +314,127 @@ def test_blocks_are_read_at_the_same_time(scored_cache: Cache, monkeypatch: Any)
     assert not together.broken
 
 
-def test_an_interrupt_while_planning_ahead_loses_no_batch(scored_cache: Cache) -> None:
-    with open_stream(scored_cache) as sound:
-        expected = [sound.next_batch() for _ in range(10)]
-    with open_stream(scored_cache, ahead_bytes=1) as stream:
-        plan, calls = stream._plan, count()
+def test_two_batches_are_packed_at_the_same_time_and_do_not_mix(scored_cache: Cache) -> None:
+    together, met = threading.Barrier(2, timeout=WAIT_S), threading.local()
 
-        def interrupted(at: Position) -> tuple[Step, Position]:
-            if next(calls) in (3, 4, 9):
-                raise KeyboardInterrupt
+    def meet(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        if not hasattr(met, "once"):
+            met.once = together.wait()
+        return np.empty(shape, dtype)
+
+    with open_stream(scored_cache, meet) as stream, open_stream(scored_cache) as other:
+        for _ in range(20):
+            assert same(stream.next_batch(), other.next_batch())
+    assert not together.broken
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("can't start new thread")])
+@pytest.mark.parametrize("queued", [False, True])
+@pytest.mark.parametrize("pool", ["_plan_pool", "_pack_pool", "_read_pool"])
+def test_no_step_is_lost_where_threads_are_asked_in_vain(
+    scored_cache: Cache, monkeypatch: pytest.MonkeyPatch, pool: str, queued: bool, error: Any
+) -> None:
+    """A thread that cannot start, and an interrupt, leave what was asked for queued or not."""
+    with open_stream(scored_cache) as sound:
+        expected = [(sound.state_dict(), sound.next_batch()) for _ in range(12)]
+    for ahead_bytes in (1, 4_000):
+        stream, rng = open_stream(scored_cache, ahead_bytes=ahead_bytes), random.Random(ahead_bytes)
+        submit, failed, found = getattr(stream._ahead, pool).submit, 0, 0
+        fails = chain([True], (rng.random() < 0.3 for _ in count()))
+
+        def scarce(*work: Any, submit: Any = submit, fails: Iterator[bool] = fails) -> Any:
+            fails_now = next(fails)
+            asked = submit(*work) if queued or not fails_now else None
+            if fails_now:
+                raise error
+            return asked
+
+        monkeypatch.setattr(getattr(stream._ahead, pool), "submit", scarce)
+        while found < len(expected):
+            state, batch = expected[found]
+            assert stream.state_dict() == state
+            try:
+                assert same(stream.next_batch(), batch)
+                found += 1
+            except (KeyboardInterrupt, RuntimeError):
+                failed += 1
+                assert failed < 1_000
+        stream.close()
+        assert stream._ahead._blocks._in_use == 0
+        assert failed
+
+
+class PlanGate:
+    """Holds up the planning of steps from one on, or has it fail."""
+
+    def __init__(self, stream: ReplayStream) -> None:
+        """Let all pass."""
+        self.open, self.failing = threading.Event(), 10**6
+        self.open.set()
+        plan = stream._plan
+
+        def held(at: Position) -> tuple[Step, Position]:
+            assert self.open.wait(WAIT_S)
+            if at.step >= self.failing:
+                raise OSError("lengths of rows cannot be read")
             return plan(at)
 
-        stream._plan = interrupted  # type: ignore[method-assign]
-        found: list[Batch] = []
-        interrupts = 0
-        while len(found) < 10:
-            try:
-                found.append(stream.next_batch())
-            except KeyboardInterrupt:
-                interrupts += 1
-    assert interrupts == 3
-    assert all(map(same, found, expected))
+        stream._plan = held  # type: ignore[method-assign]
+
+
+def test_steps_that_are_ready_do_not_wait_for_planning(scored_cache: Cache) -> None:
+    with open_stream(scored_cache, batch_rows=1) as stream, open_stream(scored_cache) as other:
+        gate = PlanGate(stream)
+        stream.next_batch()
+        planned(stream)
+        gate.open.clear()
+        for _ in range(MOST_STEPS):
+            stream.next_batch()
+        planning = stream._ahead._planning
+        assert planning is not None
+        assert not planning.done()
+        gate.open.set()
+        other.load_state_dict(stream.state_dict())
+        assert stream.next_batch().rows == other.next_batch().rows[:1]
+
+
+def test_what_fails_far_ahead_is_raised_when_its_turn_comes(scored_cache: Cache) -> None:
+    with open_stream(scored_cache) as stream, open_stream(scored_cache) as other:
+        gate = PlanGate(stream)
+        gate.failing = 6
+        for _ in range(6):
+            assert same(stream.next_batch(), other.next_batch())
+        for _ in range(2):
+            with pytest.raises(OSError, match="lengths"):
+                stream.next_batch()
+        gate.failing = 20
+        for _ in range(14):
+            assert same(stream.next_batch(), other.next_batch())
+
+
+def test_an_interrupted_drop_is_made_up_for(
+    scored_cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with open_stream(scored_cache, batch_rows=1) as stream, open_stream(scored_cache) as other:
+        gate.shut()
+        stream._ahead.fill(stream._plan, stream._position)
+        _, batch = stream._ahead._ahead[PACK_THREADS + 2]
+        cancel, interrupts = batch.cancel, [KeyboardInterrupt]
+
+        def interrupted() -> bool:
+            cancelled = cancel()
+            assert cancelled
+            if interrupts:
+                raise interrupts.pop()
+            return cancelled
+
+        monkeypatch.setattr(batch, "cancel", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stream.skip(0)
+        gate.open.set()
+        assert stream.next_batch().rows == other.next_batch().rows[:1]
+    assert stream._ahead._blocks._in_use == 0
 
 
 @pytest.mark.parametrize("last_batch", ["keep", "drop", "carry"])

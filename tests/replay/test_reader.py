@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillroom.cache.errors import MissingError
+from stillroom.cache.errors import MissingError, ShapeError
 from stillroom.cache.example_shards import USER_AXES, random_shard
 from stillroom.cache.schema import Arrays
 from stillroom.cache.store import Cache
-from stillroom.replay.batch import collate
-from stillroom.replay.reader import COLUMNS, RowReader, _cut
+from stillroom.replay.batch import Facts, Row, collate
+from stillroom.replay.reader import COLUMNS, OF_FACTS, RowReader, _cut, _facts
 from tests.cache.fakes import SCORED_BY, make_identity, make_meta
+from tests.replay.collate_twin import assert_collated
 
 PARTS: tuple[tuple[int, int, float | None], ...] = (
     (60, 5, 1.0),
@@ -80,6 +82,22 @@ def rows_of(cache: Cache) -> Iterator[Arrays]:
             }
 
 
+def cut_by_hand(row: Arrays, max_tokens: int) -> Arrays:
+    """A row's first tokens and their positions."""
+    kept = int(np.count_nonzero(row["scored"][:max_tokens]))
+    ends = {"token": max_tokens, "position": kept, "sequence": 1}
+    return {name: array[: ends[COLUMNS[name]]] for name, array in row.items()}
+
+
+def assert_row(found: Row, expected: Arrays) -> None:
+    """All that is expected, as columns or as facts."""
+    assert_equal(found.arrays, {n: a for n, a in expected.items() if n not in OF_FACTS})
+    assert found.facts is not None
+    assert found.facts.target.tolist() == np.flatnonzero(expected["scored"]).tolist()
+    assert [found.facts.source] == expected["source"].tolist()
+    assert [found.facts.policy_version] == expected["policy_version_min"].tolist()
+
+
 def open_reader(cache: Cache, block_rows: int, max_tokens: int = LONGEST) -> RowReader:
     """A reader of all of a cache."""
     return RowReader(cache, cache.snapshot(), block_rows, 3, max_tokens)
@@ -107,7 +125,7 @@ def test_rows_are_those_of_whole_shards_whatever_the_block(
     blocks = {number: reader.read(number) for number in range(-(-ROWS // block_rows))}
     for number, expected in enumerate(stored):
         row = reader.row(blocks[reader.block_of(number)], number)
-        assert_equal(row.arrays, expected)
+        assert_row(row, expected)
         assert (row.number, row.cache) == (number, 3)
 
 
@@ -188,7 +206,9 @@ def test_a_block_is_as_large_as_it_says(cache: Cache) -> None:
     for block_rows in (1, 7, ROWS):
         reader = open_reader(cache, block_rows)
         for number in range(-(-ROWS // block_rows)):
-            held = sum(p.arrays[name].nbytes for p in reader.read(number) for name in long)
+            pieces = reader.read(number)
+            held = sum(p.arrays[name].nbytes for p in pieces for name in long)
+            held += sum(facts.target.nbytes for p in pieces for facts in p.facts)
             assert reader.block_bytes(number) == held
 
 
@@ -200,30 +220,66 @@ def test_a_long_row_keeps_its_first_tokens_and_their_positions(
     block = reader.read(0)
     cut = 0
     for number, whole in enumerate(stored):
-        found = reader.row(block, number).arrays
-        scored = np.flatnonzero(whole["scored"])
-        kept = int(np.count_nonzero(scored < max_tokens))
-        cut += kept < len(scored)
-        ends = {"token": max_tokens, "position": kept, "sequence": 1}
-        assert_equal(found, {name: a[: ends[COLUMNS[name]]] for name, a in whole.items()})
+        expected = cut_by_hand(whole, max_tokens)
+        assert_row(reader.row(block, number), expected)
+        cut += len(expected["tail_logprob"]) < len(whole["tail_logprob"])
     assert cut > 0
 
 
 def test_a_cut_counts_tokens_that_are_not_scored() -> None:
     row: Arrays = {
         "token": np.arange(7, dtype=np.uint32),
-        "scored": np.array([0, 0, 1, 0, 0, 1, 1], np.uint16),
         "prompt_length": np.array([2], np.uint32),
         "sampled_logprob": np.array([-1, -2, -3], np.float32),
         "extra_id": np.arange(6, dtype=np.uint32).reshape(3, 2),
     }
     positions = {7: 3, 6: 2, 5: 1, 4: 1, 3: 1, 2: 0}
     for max_tokens, kept in positions.items():
-        found = _cut(row, max_tokens)
+        found, facts = _cut(row, Facts(np.array([2, 5, 6], np.int32), 1, 4), max_tokens)
+        assert facts.target.tolist() == [2, 5, 6][:kept]
+        assert (facts.source, facts.policy_version) == (1, 4)
         assert found["token"].tolist() == list(range(max_tokens))
         assert found["sampled_logprob"].tolist() == [-1, -2, -3][:kept]
         assert found["extra_id"].shape == (kept, 2)
         assert found["prompt_length"].tolist() == [2]
+
+
+def test_a_row_with_more_or_fewer_positions_than_are_scored_is_refused() -> None:
+    arrays: Arrays = {
+        "scored": np.array([0, 1, 1, 0, 1, 0, 0, 1], np.uint16),
+        "sequence_start": np.array([0, 3, 5, 8]),
+        "position_start": np.array([0, 2, 3, 4]),
+        "source": np.array([1, 2, 3], np.uint16),
+        "policy_version_min": np.array([7, 8, -1], np.int32),
+    }
+    found = [(f.target.tolist(), f.source, f.policy_version) for f in _facts(arrays, 40)]
+    assert found == [([1, 2], 1, 7), ([1], 2, 8), ([2], 3, -1)]
+    for start, got in ([0, 2, 4, 4], 2), ([0, 2, 2, 4], 0):
+        message = rf"^row 41, tail_logprob: expected 1 positions, as are scored; got {got}\."
+        with pytest.raises(ShapeError, match=message):
+            _facts(arrays | {"position_start": np.array(start)}, 40)
+
+
+@pytest.mark.parametrize("max_tokens", [LONGEST, 7])
+@pytest.mark.parametrize("weight", [None, *USER_AXES])
+def test_rows_of_several_caches_are_collated_as_a_plain_twin_does(
+    cache: Cache, tmp_path: Path, max_tokens: int, weight: str | None
+) -> None:
+    """Of other K and M, in any order, against rows cut by hand out of whole shards."""
+    narrow = make_cache(tmp_path / "narrow", topk=cache.identity.topk - 1)
+    rows, plain = [], []
+    for source, own in (cache, weight), (narrow, None):
+        reader = RowReader(source, source.snapshot(), 4, 3, max_tokens, weight_column=own)
+        for number, whole in enumerate(rows_of(source)):
+            row = reader.row(reader.read(reader.block_of(number)), number)
+            arrays = cut_by_hand(whole, max_tokens)
+            if own is not None:
+                arrays["weight"] = row.arrays["weight"] = abs(row.arrays["weight"])
+            rows.append(row)
+            plain.append(replace(row, arrays=arrays, facts=None))
+    order = np.random.default_rng(0).permutation(len(rows)).tolist()
+    for chosen in (order, order[:9], order[-1:], range(ROWS)):
+        assert_collated([rows[i] for i in chosen], [plain[i] for i in chosen], None)
 
 
 @pytest.mark.parametrize("extra", [0, EXTRA])

@@ -1,0 +1,73 @@
+"""A stream stays in the process that made it, and ends with it."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from stillroom.cache.errors import ConfigError
+from stillroom.cache.store import Cache
+from tests.replay.test_prefetch import open_stream
+
+
+@pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_stream_does_not_travel(scored_cache: Cache, duplicate: Callable[[Any], Any]) -> None:
+    with open_stream(scored_cache) as stream:
+        stream.next_batch()
+        with pytest.raises(ConfigError, match="a process of its own"):
+            duplicate(stream)
+
+
+FORK = """
+import gc, os, sys
+from stillroom.cache.errors import ForkedError
+from stillroom.cache.store import Cache
+from stillroom.replay.config import StreamConfig
+from stillroom.replay.feed import Source
+from stillroom.replay.step import Position, Step
+from stillroom.replay.stream import ReplayStream
+
+cache = Cache.open(sys.argv[1])
+config = StreamConfig(batch_rows=5, max_tokens=40, block_rows=4, window_rows=5, threads=2)
+stream = ReplayStream(Source(cache, cache.snapshot()), config)
+rows = [stream.next_batch().rows for _ in range(3)]
+child = os.fork()
+if not child:
+    for use in (stream.next_batch, lambda: next(iter(stream)), lambda: stream.skip(1),
+                lambda: stream.load_state_dict(stream.state_dict())):
+        try:
+            use()
+        except ForkedError as error:
+            assert "the process that made it" in str(error) and "spawn" in str(error)
+        else:
+            os._exit(3)
+    stream.close()
+    del stream, use
+    gc.collect()
+    sys.exit(0)
+_, status = os.waitpid(child, 0)
+assert status == 0, status
+rows += [stream.next_batch().rows for _ in range(3)]
+again = ReplayStream(Source(cache, cache.snapshot()), config)
+assert rows == [again.next_batch().rows for _ in range(6)]
+print("the child refused, and the parent went on")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+def test_a_forked_child_is_refused_at_once_and_ends(scored_cache: Cache) -> None:
+    command = [sys.executable, "-c", FORK, str(scored_cache.storage.root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "the child refused, and the parent went on\n"
+
+
+def test_a_program_that_ends_without_closing_ends(scored_cache: Cache) -> None:
+    script = FORK.split("child = ")[0] + "print('the end')"
+    command = [sys.executable, "-c", script, str(scored_cache.storage.root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")
