@@ -149,7 +149,7 @@ def _plot(axes: Any, curves: Curves, objectives: Iterable[str], key: str, text: 
         for way in dict.fromkeys(cell.way for cell in curves if cell.objective == objective):
             cells = [c for c in curves if (c.way, c.objective) == (way, objective)]
             times = mean_curve(curves, cells, lambda p: p[key])
-            points = list(zip(*([p[text][measure] for p in curves[c]] for c in cells), strict=True))
+            points = list(zip(*[[p[text][measure] for p in curves[c]] for c in cells], strict=True))
             label = objective if objective in COLLAPSE else way
             (line,) = axes.plot(times, list(map(mean, points)), marker=".", label=label)
             low, high = list(map(min, points)), list(map(max, points))
@@ -168,7 +168,7 @@ def _line(study: Study, curves: Curves, cells: list[Cell], trl: list[Cell]) -> L
 
     def spread(text: str) -> float:
         values = [point[text][JUDGED.get(cell.objective, JUDGED["reverse"])] for point in last]
-        return max(values) - min(values)
+        return float(max(values) - min(values))
 
     return Line(
         method=cell.way,

@@ -7,10 +7,11 @@ before anything is written. torch is imported only where a model runs.
 import os
 from dataclasses import asdict, fields
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from stillroom.cache import jsonfile
-from stillroom.cache.errors import InputError, MissingError
+from stillroom.cache.errors import InputError, MismatchError, MissingError
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.identity import Identity
 from stillroom.cache.load_teacher import inspect_teacher
@@ -21,11 +22,13 @@ from stillroom.cache.teacher import ScoreSpec, identity_of
 from stillroom.cache.workers import ALONE, Worker, find_worker
 from stillroom.replay.load_sampler import find_and_load_sampler, load_sampler
 from stillroom.replay.policies import (
+    Policy,
     check_student,
     free_version,
     newest_kept,
     open_policy,
     policy_versions,
+    read_policy,
     register_initial,
 )
 from stillroom.replay.prompts import Prompts, PromptsConfig, load_prompts
@@ -107,16 +110,22 @@ def refresh_newest(job: RefreshJob) -> int:
 def train_newest(job: TrainJob) -> int:
     """`stillroom train`."""
     cache, output = _cache_to_train_on(job.root), local_path(job.output).absolute()
+    from stillroom.train.outcome import keep_outcome
     from stillroom.train.parallel import same_on_all_ranks
     from stillroom.train.publish import publish
     from stillroom.train.run_snapshot import snapshot_for
     from stillroom.train.trainer import ReplayTrainer
 
-    def choose() -> tuple[int, str]:
-        newest = _newest(cache)
-        return newest, snapshot_for(cache, output, f"{job.run_name}-{newest:06d}").id
+    def choose() -> tuple[int, str] | None:
+        version = _policy_to_train(cache, output, job)
+        if version is None:
+            return None
+        return version, snapshot_for(cache, output, f"{job.run_name}-{version:06d}").id
 
-    version, snapshot_id = same_on_all_ranks(choose, job.train.device)
+    chosen = same_on_all_ranks(choose, job.train.device)
+    if chosen is None:
+        return 0
+    version, snapshot_id = chosen
     files = open_policy(cache.storage, version, _known(job.student))
     snapshot = cache.open_snapshot(snapshot_id)
     name = f"{job.run_name}-{version:06d}"
@@ -133,6 +142,8 @@ def train_newest(job: TrainJob) -> int:
     state = trainer.parallel.full_state_dict()
     if not trainer.is_main:
         return 0
+    parent = {"version": version, "fingerprint": files.fingerprint}
+    record = _record_of(job, report, parent, snapshot.id)
     policy = publish(
         cache.storage,
         trainer.student,
@@ -143,12 +154,53 @@ def train_newest(job: TrainJob) -> int:
         step=report.student_step,
         state=state,
         adapter=job.train.publishes_adapter,
+        announce=lambda policy: keep_outcome(output, name, policy, record),
     )
-    record = {
+    _say_trained(report, snapshot.id)
+    _write_record(output / f"{name}.json", record, policy)
+    trainer.release()
+    return 0
+
+
+def _policy_to_train(cache: Cache, output: Path, job: TrainJob) -> int | None:
+    """The policy that an unfinished run of this name and output trains, or else the newest one;
+    None where that run had published its student, and only its record was missing.
+
+    Raises:
+        MismatchError: another run has published meanwhile, so that it could not publish any more.
+    """
+    from stillroom.train.checkpoint import checkpoints_of
+    from stillroom.train.outcome import published_outcome, release_run, unfinished_policy
+
+    storage = cache.storage
+    version = unfinished_policy(storage, output, job.run_name)
+    if version is None:
+        return _newest(cache)
+    name = f"{job.run_name}-{version:06d}"
+    done = published_outcome(storage, output, name)
+    if done is not None:
+        policy, record = done
+        say(f"train: {name} had trained and published before it was ended; it gets its record now")
+        _write_record(output / f"{name}.json", record, policy)
+        release_run(storage, output, name, job.train)
+        return None
+    following = free_version(storage, version)
+    if following in policy_versions(storage):
+        where = str(checkpoints_of(output, name))
+        got = f"policy {following} of {read_policy(storage, following).run}, published meanwhile"
+        do = "Train the newest policy under another run name, or delete these checkpoints first."
+        raise MismatchError(where, f"policy {version} as the newest, to go on with", got, do)
+    say(f"train: going on with {name}, which was not finished")
+    return version
+
+
+def _record_of(
+    job: TrainJob, report: "TrainReport", parent: dict[str, Any], snapshot_id: str
+) -> dict[str, Any]:
+    return {
         "settings": asdict(job),
-        "snapshot": snapshot.id,
-        "parent": {"version": version, "fingerprint": files.fingerprint},
-        "published": asdict(policy),
+        "snapshot": snapshot_id,
+        "parent": parent,
         "steps": report.steps,
         "rows": report.rows,
         "positions": report.positions,
@@ -158,11 +210,11 @@ def train_newest(job: TrainJob) -> int:
         "held_out": report.held_out,
         "pace": report.pace,
     }
-    write_file(output / f"{name}.json", jsonfile.dump(record))
-    trainer.release()
-    _say_trained(report, snapshot.id)
-    say(f"train: policy {version} -> {policy.version}, {policy.path}")
-    return 0
+
+
+def _write_record(path: Path, record: dict[str, Any], policy: Policy) -> None:
+    write_file(path, jsonfile.dump({**record, "published": asdict(policy)}))
+    say(f"train: policy {policy.parent} -> {policy.version}, {policy.path}")
 
 
 def _cache_to_train_on(root: str) -> Cache:

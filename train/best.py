@@ -1,7 +1,6 @@
 """The best student of a run so far: its weights below `<output>/best/<run>`, each whole or not at
 all, kept as long as a checkpoint or the run itself knows it as the best."""
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,9 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from stillroom.cache.errors import CorruptError
 from stillroom.train.checkpoint import WEIGHTS, check_folder, seal_folder
-from stillroom.train.durable import write_folder
+from stillroom.train.durable import remove, write_folder
 from stillroom.train.full_state import fill_model, gather_model
 from stillroom.train.ranks import from_first_rank
+
+DO = "Restore it, or set train.load_best_model_at_end to false, which takes the last student."
 
 
 def best_of(output: Path, run: str) -> Path:
@@ -47,10 +48,10 @@ def load_best(root: Path, step: int, model: torch.nn.Module) -> None:
     weights: dict[str, torch.Tensor] = {}
 
     def read() -> None:
-        if not folder.is_dir():
-            do = "Set train.load_best_model_at_end to false to take the last student."
-            raise CorruptError(str(folder), "the best student", "no folder", do)
-        check_folder(folder)
+        try:
+            check_folder(folder)
+        except CorruptError as error:
+            raise CorruptError(error.where, error.expected, error.got, DO) from error
         weights.update(load_file(folder / WEIGHTS))
 
     from_first_rank(read)
@@ -62,7 +63,7 @@ def keep_only(root: Path, steps: Iterable[int]) -> None:
     kept = {_name(step) for step in steps}
     for folder in (*root.glob("step-*"), *root.glob(".*.tmp")):
         if folder.name not in kept:
-            shutil.rmtree(folder)
+            remove(folder)
 
 
 def _name(step: int) -> str:

@@ -97,7 +97,7 @@ class Callback:
 
     def on_open(self, trainer: "ReplayTrainer") -> None:
         """Called once when the trainer is made, before it takes a snapshot and loads the student;
-        its settings, cache, run, output and policy are known."""
+        its settings, cache, run, output and policy are known, and where it is `resumed` from."""
 
     def on_begin(self, trainer: "ReplayTrainer") -> None:
         """Called once before the first step, after a checkpoint was resumed."""

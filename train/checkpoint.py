@@ -6,7 +6,6 @@ batches. A damaged one is passed over for the one before, which is said; it is n
 from the beginning.
 """
 
-import shutil
 import sys
 import uuid
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from stillroom.cache import jsonfile
 from stillroom.cache.errors import CorruptError, MismatchError, StorageError
 from stillroom.replay.state import snapshots_in
 from stillroom.train.decisive import differing, named
-from stillroom.train.durable import fsync, write_folder
+from stillroom.train.durable import fsync, remove, write_folder
 from stillroom.train.full_state import (
     fill_model,
     fill_optimizer,
@@ -35,6 +34,10 @@ WEIGHTS, TRAINING, STATE = "model.safetensors", "training.pt", "state.json"
 COMPLETE = "complete.json"
 DAMAGED = "It is half written or damaged: delete it to resume from an older one."
 ANOTHER_RUN = "Give those to go on with it, or choose another run name or output."
+LOWER_RATE = (
+    "Lower the learning rate, and begin a run of another name or output: one that goes on from a "
+    "checkpoint keeps its settings."
+)
 START_AGAIN = "Restore one, or delete all of them to start from the beginning."
 
 
@@ -77,7 +80,8 @@ def save_checkpoint(
         keep: at least 1.
 
     Raises:
-        StorageError: it cannot be written; older ones are as they were.
+        StorageError: it cannot be written, and older ones are as they were; or those that are no
+            longer kept cannot be removed.
     """
     weights, trained = gather_model(model), gather_optimizer(model, optimizer)
     generators = from_every_rank(random_state())
@@ -93,7 +97,7 @@ def save_checkpoint(
     def write() -> None:
         write_folder(root, fill)
         for old in kept_checkpoints(root)[:-keep]:
-            shutil.rmtree(old)
+            remove(old)
 
     from_first_rank(write)
 
@@ -159,10 +163,10 @@ def newest_checkpoint(root: Path) -> Path | None:
 
     Raises:
         CorruptError: there are checkpoints, and none is whole. All keep their names.
-        StorageError: one cannot be read.
+        StorageError: one cannot be read, or what is unfinished cannot be removed.
     """
     for unfinished in root.glob(".*.tmp"):
-        shutil.rmtree(unfinished)
+        remove(unfinished)
     damaged: list[tuple[Path, CorruptError]] = []
     for folder in reversed(kept_checkpoints(root)):
         try:

@@ -95,6 +95,8 @@ class ReplayConfig(Objective):
     """Weight decay; >= 0."""
     lr_scheduler_type: str = "constant_with_warmup"
     """A transformers schedule: constant_with_warmup, linear, cosine, ..."""
+    lr_scheduler_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Further arguments of that schedule, such as num_decay_steps or min_lr."""
     warmup_steps: int = 0
     """Steps of linear warm-up; >= 0."""
     max_grad_norm: float = 1.0

@@ -22,6 +22,7 @@ FREE = frozenset(
         "train.save_steps",
         "train.save_total_limit",
         "train.drift_every_steps",
+        "train.load_best_model_at_end",
         "train.replay.max_tokens",
         "train.replay.cached_bytes",
         "train.replay.ahead_bytes",
@@ -30,7 +31,8 @@ FREE = frozenset(
         "train.replay.even_ranks",
     }
 )
-"""Settings that may change while a run goes on: they decide how it runs, not what it is."""
+"""Settings that may change while a run goes on: they decide how it runs, and when and with which
+of its students it ends, not what it learns."""
 
 
 def decisive_settings(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from stillroom.cache.storage import Storage
 from stillroom.train.callbacks import Callback, MicroOutcome, StepOutcome
 from stillroom.train.drift_sums import Sums, can_be
 from stillroom.train.ranks import from_every_rank, rank
+from stillroom.train.run_snapshot import pin_name
 
 if TYPE_CHECKING:
     from stillroom.train.report import TrainReport
@@ -94,7 +95,6 @@ class DriftCallback(Callback):
         """Start at nothing."""
         self._meter = DriftMeter()
         self._last: dict[str, Any] = {}
-        self._told = False
 
     def on_step(self, trainer: "ReplayTrainer", outcome: StepOutcome) -> None:
         """Add the step; record what is due."""
@@ -134,11 +134,8 @@ class DriftCallback(Callback):
         taken = self._meter.take(trainer.policy_version)
         if trainer.is_main:
             self._last = taken
-            if not put_drift(trainer.cache.storage, trainer.run, step, taken) and not self._told:
-                self._told = True
-                what = "has other drift of a run of this name: this run's is not recorded there"
-                do = "give runs on one cache names of their own"
-                trainer.print(f"  drift/{trainer.run}: step {step} {what}; {do}")
+            run = pin_name(trainer.output, trainer.run)
+            put_drift(trainer.cache.storage, run, step, taken)
             trainer.log(_figures(taken))
 
 
@@ -170,12 +167,16 @@ def _sums(name: str, value: Mapping[str, Any]) -> Sums:
     return sums
 
 
-def put_drift(storage: Storage, run: str, step: int, drift: dict[str, Any]) -> bool:
-    """Leave a record in the cache; a record that is there for this run and step stays.
+def put_drift(storage: Storage, run: str, step: int, drift: dict[str, Any]) -> None:
+    """Leave a record in the cache. One that is there for this run and step stays: it is from before
+    the run was resumed, perhaps on other processes, whose sums differ in the last digits.
 
-    Returns:
-        Whether the cache has this record now; False where another one is there.
+    Args:
+        storage: the cache's.
+        run: the run, as its pin is named.
+        step: optimiser steps that it had taken.
+        drift: by policy version.
     """
     path = f"drift/{run}/{step:08d}.json"
     data = jsonfile.dump_sealed({"run": run, "step": step, "by_policy": drift})
-    return storage.put_new(path, data) or storage.get(path) == data
+    storage.put_new(path, data)

@@ -4,12 +4,15 @@ systems only."""
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from stillroom.cache.errors import StillroomError, StorageError
+
+DO = "Make room on the disk, or check that the folder can be written."
 
 
 def write_folder(parent: Path, fill: Callable[[Path], str]) -> Path:
@@ -28,32 +31,60 @@ def write_folder(parent: Path, fill: Callable[[Path], str]) -> Path:
     """
     temporary = parent / f".{uuid.uuid4().hex}.tmp"
     try:
-        temporary.mkdir(parents=True)
-        target = parent / fill(temporary)
-        for path in sorted(temporary.rglob("*")):
-            fsync(path)
-        fsync(temporary)
-        if not target.exists():
-            temporary.rename(target)
-        fsync(parent)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, StillroomError):
-            raise
-        do = "Make room on the disk, or check that the folder can be written."
-        raise StorageError(str(parent), "to write a folder", str(error), do) from error
+        with _told(parent, "to write a folder"):
+            temporary.mkdir(parents=True)
+            target = parent / fill(temporary)
+            for path in sorted(temporary.rglob("*")):
+                fsync(path)
+            fsync(temporary)
+            if not target.exists():
+                temporary.rename(target)
+            fsync(parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
 def write_file(target: Path, data: bytes) -> None:
-    """Replace a file's content in one step."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Replace a file's content in one step.
+
+    Raises:
+        StorageError: it cannot be written; the old content is as it was.
+    """
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
-    temporary.write_bytes(data)
-    fsync(temporary)
-    temporary.replace(target)
-    fsync(target.parent)
+    try:
+        with _told(target, "to write a file"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            fsync(temporary)
+            temporary.replace(target)
+            fsync(target.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    with _told(path, "to remove it"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def _told(where: Path, expected: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, StillroomError):
+            raise
+        raise StorageError(str(where), expected, str(error), DO) from error
 
 
 def fsync(path: Path) -> None:

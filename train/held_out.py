@@ -15,7 +15,12 @@ from stillroom.cache.snapshot import Snapshot, snapshot_path
 from stillroom.cache.store import Cache
 from stillroom.train.best import best_of, keep_only, load_best, save_best
 from stillroom.train.callbacks import Callback, StepOutcome
-from stillroom.train.checkpoint import checkpoints_of, kept_checkpoints, read_progress
+from stillroom.train.checkpoint import (
+    LOWER_RATE,
+    checkpoints_of,
+    kept_checkpoints,
+    read_progress,
+)
 from stillroom.train.evaluate import Evaluation, as_json, evaluate, measured_rows
 from stillroom.train.fits import place_of
 from stillroom.train.ranks import from_first_rank
@@ -158,8 +163,8 @@ class HeldOutCallback(Callback):
         )
         reverse = found.reverse_kl_nats
         if not math.isfinite(reverse):
-            where, do = f"{trainer.run}, step {trainer.step}", "Lower the learning rate."
-            raise NumericsError(where, "a finite held-out reverse KL", f"{reverse}", do)
+            where = f"{trainer.run}, step {trainer.step}"
+            raise NumericsError(where, "a finite held-out reverse KL", f"{reverse}", LOWER_RATE)
         trainer.log(_figures(found))
         state.step, state.measured = trainer.step, as_json(found)
         if state.best_step < 0 or reverse < state.best_reverse_kl_nats:

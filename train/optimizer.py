@@ -14,6 +14,8 @@ from stillroom.train.config import ReplayConfig
 
 OPTIMIZERS = "Name one such as AdamW, Adam or SGD."
 SCHEDULES = "Name one such as constant_with_warmup, linear or cosine."
+WITHOUT_KWARGS = ("constant", "constant_with_warmup")
+"""Schedules that take no further arguments; transformers would pass over them in silence."""
 
 
 def make_optimizer(
@@ -53,18 +55,24 @@ def make_schedule(
     """The schedule of the settings.
 
     Raises:
-        ConfigError: transformers has none of that name, or it needs more than steps.
+        ConfigError: transformers has none of that name, it needs more than steps, or it does not
+            take its arguments.
     """
     where, expected = "train.lr_scheduler_type", "a schedule of transformers that counts steps"
+    name, kwargs = config.lr_scheduler_type, config.lr_scheduler_kwargs
+    known = ("num_warmup_steps", "num_training_steps", "last_epoch")
+    given = sorted(kwargs.keys() & known) or (sorted(kwargs) if name in WITHOUT_KWARGS else [])
+    if given:
+        do = "Use train.warmup_steps, and nothing that the schedule does not take."
+        wanted = f"further arguments of {name}"
+        raise ConfigError("train.lr_scheduler_kwargs", wanted, ", ".join(given), do)
     try:
-        made: LRScheduler = get_scheduler(
-            config.lr_scheduler_type, optimizer, config.warmup_steps, total_steps
-        )
+        made: LRScheduler = get_scheduler(name, optimizer, config.warmup_steps, total_steps, kwargs)
     except (TypeError, ValueError) as error:
-        got = f"{config.lr_scheduler_type!r}: {error}"
-        raise ConfigError(where, expected, got, SCHEDULES) from error
+        got, do = f"{name!r}: {error}", f"{SCHEDULES} train.lr_scheduler_kwargs has its arguments."
+        raise ConfigError(where, expected, got, do) from error
     if isinstance(made, ReduceLROnPlateau):
-        raise ConfigError(where, expected, repr(config.lr_scheduler_type), SCHEDULES)
+        raise ConfigError(where, expected, repr(name), SCHEDULES)
     return made
 
 

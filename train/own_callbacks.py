@@ -1,6 +1,9 @@
 """The callbacks that every run has: drift, pace, and measurement on a held-out cache where one is
 named."""
 
+from collections.abc import Sequence
+
+from stillroom.cache.errors import ConfigError
 from stillroom.cache.store import Cache
 from stillroom.train.callbacks import Callback
 from stillroom.train.config import ReplayConfig
@@ -17,3 +20,15 @@ def own_callbacks(cache: Cache, config: ReplayConfig) -> tuple[Callback, ...]:
     """
     measured = () if config.eval_root is None else (HeldOutCallback(cache, config.eval_root),)
     return (DriftCallback(), PaceCallback(), *measured)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse callbacks that would overwrite each other's state in a checkpoint.
+
+    Raises:
+        ConfigError: two have one name.
+    """
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        do = "Give each callback a name of its own, or none where it keeps no state."
+        raise ConfigError("callbacks", "names that differ", f"{', '.join(twice)} twice", do)

@@ -170,12 +170,24 @@ class Pipeline:
         return _commits(self._cache, [c.part for c in commits]), values
 
     def _train(self, version: int) -> Result:
+        from stillroom.train.outcome import published_outcome, release_run
+
+        run, storage = f"{self.name}-{version:06d}", self._cache.storage
+        done = published_outcome(storage, self._output, run)
+        if done is None:
+            values = self._train_and_publish(version, run)
+        else:
+            release_run(storage, self._output, run, self._config.train)
+            _, values = done
+        return [(self._root, policy_path(version + 1))], values
+
+    def _train_and_publish(self, version: int, run: str) -> dict[str, Any]:
+        from stillroom.train.outcome import keep_outcome
         from stillroom.train.publish import publish
         from stillroom.train.run_snapshot import snapshot_for
         from stillroom.train.trainer import ReplayTrainer
 
         files = open_policy(self._cache.storage, version, self._models.student)
-        run = f"{self.name}-{version:06d}"
         snapshot = snapshot_for(self._cache, self._output, run)
         trainer = ReplayTrainer(
             files,
@@ -187,18 +199,6 @@ class Pipeline:
             run=run,
         )
         report = trainer.train()
-        publish(
-            self._cache.storage,
-            trainer.student,
-            files,
-            version=version + 1,
-            parent=version,
-            run=self.name,
-            step=report.student_step,
-            state=trainer.parallel.full_state_dict(),
-            adapter=self._config.train.publishes_adapter,
-        )
-        trainer.release()
         values = {
             "snapshot": snapshot.id,
             "cached_positions": snapshot.positions,
@@ -214,7 +214,20 @@ class Pipeline:
             "pace": report.pace,
             "loss_nats": report.losses[-1] if report.losses else None,
         }
-        return [(self._root, policy_path(version + 1))], values
+        publish(
+            self._cache.storage,
+            trainer.student,
+            files,
+            version=version + 1,
+            parent=version,
+            run=self.name,
+            step=report.student_step,
+            state=trainer.parallel.full_state_dict(),
+            adapter=self._config.train.publishes_adapter,
+            announce=lambda policy: keep_outcome(self._output, run, policy, values),
+        )
+        trainer.release()
+        return values
 
     def _plan_held_out(
         self, name: str, prompts: Sequence[Prompt], version: int, source: str = "student"

@@ -7,7 +7,7 @@ the weights, and shards are put together.
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,6 +98,7 @@ def publish(
     step: int,
     state: Mapping[str, torch.Tensor] | None = None,
     adapter: bool = False,
+    announce: Callable[[Policy], None] = lambda policy: None,
 ) -> Policy:
     """Write a student's weights and make them a policy version. Of several ranks, one calls it.
 
@@ -112,6 +113,7 @@ def publish(
         state: its whole state with adapters, from `Parallel.full_state_dict`; None takes the
             model's own, where this process holds all of it.
         adapter: also leave its LoRA in the sub-folder `adapter`.
+        announce: is told of the policy once its weights are written, before anybody sees it.
 
     Returns:
         The published policy. Publishing the same weights again changes nothing.
@@ -134,15 +136,15 @@ def publish(
 
     _sweep(base / "policies")
     folder = write_folder(base / "policies", fill)
-    fingerprint = inspect_model(str(folder)).fingerprint
     policy = Policy(
         version=version,
         run=run,
         parent=parent,
         step=step,
         path=f"policies/{folder.name}",
-        fingerprint=fingerprint,
+        fingerprint=inspect_model(str(folder)).fingerprint,
     )
+    announce(policy)
     _put(storage, policy)
     return policy
 

@@ -30,7 +30,6 @@ from stillroom.replay.sampler import SamplerConfig, StudentSampler
 from stillroom.replay.transformers_sampler import TransformersSampler
 from stillroom.replay.vllm_sampler import VllmSampler
 from stillroom.train.callbacks import Callback, StepOutcome
-from stillroom.train.checkpoint import checkpoints_of, newest_checkpoint
 from stillroom.train.publish import save_student
 from stillroom.train.run_snapshot import pin_name
 
@@ -151,7 +150,7 @@ class RefreshCallback(Callback):
         """
         _check(trainer, self._refresher)
         shutil.rmtree(_weights_folder(trainer), ignore_errors=True)
-        if newest_checkpoint(checkpoints_of(trainer.output, trainer.run)) is not None:
+        if trainer.resumed is not None:
             return
         _retire_from(trainer, 0)
         if not trainer.cache.commits().keys() - trainer.cache.retired():

@@ -149,9 +149,8 @@ def teacher_buckets(
 ) -> TeacherBuckets:
     """Turn stored scores into bucket masses that sum to 1 (float64, in log space).
 
-    Unused entries are dropped, logprobs clipped to <= 0, and of a token that comes twice the first
-    score counts. A sampled token and extra ids that were not kept get buckets of their own, out of
-    the tail; with t_own the sum of theirs:
+    Unused entries are dropped, logprobs clipped to 0, and a token's first score counts. A sampled
+    token and extra ids that were not kept get buckets out of the tail; with t_own their sum:
 
         log t_tail <- log t_tail + log(1 - t_own / t_tail), or -inf if nothing is left
 
@@ -178,10 +177,10 @@ def teacher_buckets(
     repeated = used & (first != torch.arange(first.shape[1], device=first.device))
     _refuse_disagreement(stored, first, repeated)
     used = used & ~repeated
-    everything = stored.masked_fill(~used, -math.inf)
+    everything = kept = stored.masked_fill(~used, -math.inf)
     if kept_only:
         used[:, num_kept:] = False
-    kept = stored.masked_fill(~used, -math.inf)
+        kept = stored.masked_fill(~used, -math.inf)
     has_tail = used.sum(1) < vocab_size
     stored_tail = torch.where(target.mask & has_tail, target.tail_logprob.double(), -math.inf)
     _refuse_masses(target, everything, stored_tail)

@@ -14,8 +14,10 @@ from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.progress import Progress
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
+from stillroom.replay.state import snapshots_in
 from stillroom.train.callbacks import Callback, StepOutcome
 from stillroom.train.checkpoint import (
+    LOWER_RATE,
     Progressed,
     check_same_run,
     checkpoints_of,
@@ -28,7 +30,7 @@ from stillroom.train.decisive import decisive_settings
 from stillroom.train.fits import check_fits, check_ranks_agree, check_run_name, policy_of
 from stillroom.train.open_phases import PhaseOpener
 from stillroom.train.optimizer import make_optimizer, make_schedule, scaled_rate
-from stillroom.train.own_callbacks import own_callbacks
+from stillroom.train.own_callbacks import check_names, own_callbacks
 from stillroom.train.parallel import Parallel, on_cpu
 from stillroom.train.phase_streams import Opened, PhaseStreams
 from stillroom.train.replay_loss import ReplayLoss
@@ -56,7 +58,7 @@ class ReplayTrainer:
         callbacks: what is told of each step, after the trainer's own.
 
     Raises:
-        ConfigError: a setting cannot be used.
+        ConfigError: a setting cannot be used, or two callbacks have one name.
         MismatchError: the student, the settings or the other ranks do not fit the cache, or the
             checkpoint that the run would go on from.
         CorruptError: there are checkpoints, and none is whole.
@@ -96,7 +98,7 @@ class ReplayTrainer:
         self._replayed = RunStream(self.cache, self.output, run, self.rank, self.world)
         self._checkpoints = checkpoints_of(self.output, run)
         self._settings = decisive_settings(config, "train.")
-        resumed = newest_progress(self._checkpoints)
+        self.resumed = resumed = newest_progress(self._checkpoints)
         if resumed is not None:
             check_same_run(resumed, self._checkpoints, self.files.fingerprint, self._settings)
         if policy_version is None:
@@ -105,8 +107,9 @@ class ReplayTrainer:
         self._logged: dict[str, float] = {}
         self.step, self.stopped, self._trained = 0, "", False
         self.callbacks = (*own_callbacks(self.cache, config), *callbacks)
+        check_names([PhaseStreams.name, *(callback.name for callback in self.callbacks)])
         self._tell(lambda callback: callback.on_open(self))
-        snapshot = snapshot or self._replayed.choose(config.device)
+        snapshot = snapshot or self._replayed.choose(config.device, lambda: _snapshot_of(resumed))
         check_ranks_agree(run, self.files, snapshot)
         self._set_up(snapshot, resumed)
 
@@ -218,9 +221,8 @@ class ReplayTrainer:
         norm = self.parallel.clip_gradients(self.config.max_grad_norm)
         if not math.isfinite(found.loss) or not math.isfinite(norm):
             got = f"loss {found.loss}, gradient norm {norm}"
-            do = "Lower the learning rate; checkpoints of earlier steps are unharmed."
             where = f"{self.run}, step {self.step}"
-            raise NumericsError(where, "a finite loss and gradient", got, do)
+            raise NumericsError(where, "a finite loss and gradient", got, LOWER_RATE)
         factor = self.phases.phases[place.phase].rate_factor(self.config.learning_rate)
         if norm > 0:  # nothing was scored: momentum and weight decay stand still too
             with scaled_rate(self.optimizer, factor):
@@ -306,3 +308,7 @@ class ReplayTrainer:
                 callback.load_state_dict(found.callbacks[callback.name])
         self.stream.load_state_dict(found.stream)
         self.print(f"  resumed from step {self.step} of {self._checkpoints}")
+
+
+def _snapshot_of(resumed: Progressed | None) -> str | None:
+    return None if resumed is None else snapshots_in(resumed.stream)[0]

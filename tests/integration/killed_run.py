@@ -1,8 +1,9 @@
-"""Runs `run`, or a training alone, in forked children that kill themselves at a chosen point; torch
-is imported once.
+"""Runs `run`, a training alone, or a command, in forked children that kill themselves at a chosen
+point; torch is imported once.
 
 Reads one JSON request a line: {"settings": ..., "point": null or {"call", "match", "nth", "when"}},
-for a training with "train": {"root", "student"} beside them, and answers each with {"signal":
+for a training with "train": {"root", "student"} beside them, for a command with its arguments as
+"command" and none of its settings but "output", and answers each with {"signal":
 number or 0, "status": number}. A child dies by a real SIGKILL.
 """
 
@@ -25,6 +26,8 @@ import xxhash
 import stillroom.replay.transformers_sampler
 import stillroom.train.trainer
 from stillroom.cache.storage import Storage
+from stillroom.tools import work
+from stillroom.tools.cli import main as command
 from stillroom.train import best, checkpoint, durable, evaluate, publish, stages
 from stillroom.train.callbacks import Callback, StepOutcome
 from stillroom.train.config import ReplayConfig
@@ -81,7 +84,8 @@ def arm(point: dict[str, Any]) -> None:
     elif point["call"] == "folder":
         vars(publish)["write_folder"] = deadly(durable.write_folder, point, 0)
     else:
-        vars(stages)["write_file"] = deadly(durable.write_file, point, 0)
+        for writer in (stages, work):
+            vars(writer)["write_file"] = deadly(durable.write_file, point, 0)
 
 
 class Losses(Callback):
@@ -139,7 +143,9 @@ def child(request: dict[str, Any]) -> None:
     os.dup2(log.fileno(), 2)
     if request["point"]:
         arm(request["point"])
-    if "train" in request:
+    if "command" in request:
+        assert command(request["command"]) == 0
+    elif "train" in request:
         train(request, Path(request["settings"]["output"]))
     else:
         Pipeline(build_settings(RunConfig, request["settings"], "request")).run()

@@ -17,6 +17,7 @@ from stillroom.train.config import ReplayConfig
 from stillroom.train.publish import publish, save_student
 from stillroom.train.settings import build_settings
 from stillroom.train.trainer import ReplayTrainer
+from tests.integration.killed_run import arm
 
 
 class StopAfter(Callback):
@@ -33,7 +34,10 @@ class StopAfter(Callback):
 
 
 def run(case: dict[str, Any]) -> None:
-    """Train, and leave losses and weights in the output folder."""
+    """Train, and leave losses and weights in the output folder; or kill one rank at a point."""
+    point = case.get("die")
+    if point is not None and int(os.environ["RANK"]) == point["rank"]:
+        arm(point)
     config = build_settings(ReplayConfig, case["train"], "settings")
     stops = [StopAfter(case["stop"])] if case.get("stop") else []
     output = Path(case["output"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -95,9 +96,12 @@ def left(settings: dict[str, Any]) -> dict[str, Any]:
     for root in (settings["root"], f"{settings['output']}/held_out"):
         cache = Cache.open(root)
         assert not cache.unscored()
-        for prefix in ("units", "rollouts", "drift"):
+        for prefix in ("units", "rollouts"):
             for entry in cache.storage.list(prefix):
                 found[f"{root}/{entry.path}"] = jsonfile.digest(cache.storage.get(entry.path))
+        for entry in cache.storage.list("drift"):
+            drift = jsonfile.load_sealed(cache.storage.get(entry.path), entry.path)
+            found[re.sub("-[0-9a-f]{16}/", "/", f"{root}/{entry.path}")] = drift["by_policy"]
         assert len(cache.storage.list("commits")) == len(cache.commits()) == len(cache.parts())
         for part, n in cache.commits().items():
             commit = read_commit(cache.storage, commit_path(part, n))

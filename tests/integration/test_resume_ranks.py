@@ -1,5 +1,6 @@
 """A checkpoint of one process goes on with two, and one of two with one: the same losses, students
-and figures, whether the two hold the whole student each or a shard of it."""
+and figures, whether the two hold the whole student each or a shard of it. So does one that is left
+when a rank is killed."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
 from stillroom.replay.policies import open_policy
 from tests.integration.resume_ranks import run
+from tests.integration.test_kill_training import die
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -68,6 +70,20 @@ def check(case: dict[str, Any], whole: dict[str, Any], first: int = 0) -> None:
         assert torch.allclose(weight, theirs[name], atol=1e-5), name
 
 
+def on_two_ranks(cases: list[dict[str, Any]]) -> subprocess.CompletedProcess[str]:
+    """Launch these runs."""
+    script = Path(__file__).with_name("resume_ranks.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    path = str(Path(__file__).parents[2])
+    return subprocess.run(
+        [*launch, str(script), json.dumps(cases)],
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_goes_on_with_another_number_of_processes(
     tmp_path: Path, make_cache: Callable[..., Cache], student_dir: Path
 ) -> None:
@@ -93,15 +109,7 @@ def test_goes_on_with_another_number_of_processes(
         shutil.copytree(tmp_path / f"first-{plain}", tmp_path / f"one-to-{kind}")
         ranks += [case(f"one-to-{kind}", kind), case(f"{kind}-to-one", kind, stop=4)]
         back.append((case(f"{kind}-to-one", kind), whole[plain]))
-    script = Path(__file__).with_name("resume_ranks.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, str(script), json.dumps(ranks)],
-        timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = on_two_ranks(ranks)
     told = [line for line in done.stderr.splitlines() if line.startswith("[rank0]")]
     assert done.returncode == 0, "\n".join(told) or done.stderr
     for resumed, stopped, (alone, expected) in zip(ranks[::2], ranks[1::2], back, strict=True):
@@ -110,3 +118,33 @@ def test_goes_on_with_another_number_of_processes(
         check(resumed, expected, first=3)
         run(alone)
         check(alone, expected, first=3)
+
+
+def test_goes_on_after_a_rank_was_killed(
+    tmp_path: Path, make_cache: Callable[..., Cache], student_dir: Path
+) -> None:
+    """The first while it seals a checkpoint, then the second in a step."""
+    make_cache(tmp_path / "root", rows=11)
+    make_cache(tmp_path / "held", rows=3, seed=5)
+    more = {"eval_root": str(tmp_path / "held"), "save_steps": 1, "parallel": "fsdp"}
+    case = {
+        "root": str(tmp_path / "root"),
+        "student": str(student_dir),
+        "train": {**TRAIN, **more},
+    }
+    whole = {**case, "output": str(tmp_path / "whole")}
+    run(whole)
+    case["output"] = str(tmp_path / "killed")
+    seal = die("seal_folder", r"/checkpoints/r/", 2)
+    left = []
+    for point in ({"rank": 0, **seal}, {"rank": 1, **die("step", nth=2)}):
+        killed = on_two_ranks([{**case, "die": point}])
+        assert killed.returncode != 0
+        assert "Signal 9 (SIGKILL)" in killed.stderr
+        folders = (tmp_path / "killed" / "checkpoints" / "r").glob("step-*")
+        left.append(sorted(int(folder.name[5:]) for folder in folders))
+    assert left == [[1], [1, 2]]
+    done = on_two_ranks([case])
+    assert done.returncode == 0, done.stderr
+    assert "resumed from step 2" in done.stdout
+    check(case, whole, first=2)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from stillroom.cache.errors import ConfigError
 from stillroom.cache.store import Cache
 from stillroom.replay.config import StreamConfig
 from stillroom.train.callbacks import Callback, StepOutcome
@@ -131,3 +132,15 @@ def test_a_shared_prompt_is_forwarded_once(
     made.train()
     (outcome,) = (event for event in log if isinstance(event, StepOutcome))
     assert outcome.forward_tokens < outcome.tokens < outcome.padded_tokens
+
+
+@pytest.mark.parametrize("name", ["listener", "drift", "pace", "phases"])
+def test_two_of_one_name_are_refused(
+    make_cache: Callable[..., Cache], student_dir: Path, tmp_path: Path, name: str
+) -> None:
+    """One's state in a checkpoint would be the other's."""
+    first, second = Listener([]), Listener([])
+    second.name = name
+    cache = make_cache(tmp_path / "cache")
+    with pytest.raises(ConfigError, match=f"names that differ; got {name} twice"):
+        ReplayTrainer(student_dir, cache, CONFIG, output=tmp_path, callbacks=[first, second])

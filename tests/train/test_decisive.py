@@ -23,6 +23,8 @@ CONFIG = ReplayConfig()
         ({"phases": (Phase(max_steps=3),)}, ["train.phases"]),
         ({"replay": replace(CONFIG.replay, batch_rows=3)}, ["train.replay.batch_rows"]),
         ({"replay": replace(CONFIG.replay, max_tokens=3000)}, []),
+        ({"eval_root": "x", "load_best_model_at_end": True}, ["train.eval_root"]),
+        ({"lr_scheduler_kwargs": {"min_lr": 1e-6}}, ["train.lr_scheduler_kwargs.min_lr"]),
         ({"device": "cpu", "parallel": "fsdp", "save_steps": 4, "loss_bytes": 1 << 21}, []),
     ],
     ids=str,

@@ -14,6 +14,7 @@ from stillroom.cache.errors import CorruptError
 from stillroom.cache.storage import Storage
 from stillroom.train.callbacks import MicroOutcome, StepOutcome
 from stillroom.train.drift import DriftCallback, DriftMeter, put_drift
+from stillroom.train.run_snapshot import pin_name
 from tests.train.test_drift_sums import outcome
 
 
@@ -103,6 +104,7 @@ def trainer(root: Path) -> Any:
         config=SimpleNamespace(drift_every_steps=2),
         cache=SimpleNamespace(storage=Storage(root)),
         is_main=True,
+        output=root,
         run="r",
         policy_version=1,
         step=0,
@@ -129,9 +131,12 @@ def test_records_are_left_when_due_and_survive_a_checkpoint(tmp_path: Path) -> N
         callback.on_end(made, report)
         storage = made.cache.storage
         paths = [entry.path for entry in storage.list("drift")]
-        assert paths == [f"drift/r/{n:08d}.json" for n in (2, 4, 5)]
-        records.append([storage.get(path) for path in paths])
-        assert report.drift == jsonfile.load_sealed(records[-1][2], "x")["by_policy"]
+        run = pin_name(tmp_path / name, "r")
+        assert paths == [f"drift/{run}/{n:08d}.json" for n in (2, 4, 5)]
+        found = [jsonfile.load_sealed(storage.get(path), path) for path in paths]
+        assert {record["run"] for record in found} == {run}
+        records.append([record["by_policy"] for record in found])
+        assert report.drift == records[-1][2]
         assert made.logged[-1]["drift/k3_nats/v0"] == report.drift["0"]["k3_nats"]
     assert records[0] == records[1]
 
@@ -139,19 +144,29 @@ def test_records_are_left_when_due_and_survive_a_checkpoint(tmp_path: Path) -> N
 def test_record_is_put_once(tmp_path: Path) -> None:
     """The first record of a step stays."""
     storage = Storage(tmp_path)
-    assert put_drift(storage, "run", 7, {"0": {"ess": 1.0}})
-    assert not put_drift(storage, "run", 7, {"0": {"ess": 0.5}})
-    assert put_drift(storage, "run", 7, {"0": {"ess": 1.0}}), "a rerun that measured the same"
+    for ess in (1.0, 0.5):
+        put_drift(storage, "run", 7, {"0": {"ess": ess}})
     stored = jsonfile.load_sealed(storage.get("drift/run/00000007.json"), "x")
     assert stored == {"run": "run", "step": 7, "by_policy": {"0": {"ess": 1.0}}}
 
 
-def test_a_run_whose_name_is_taken_says_so_once(tmp_path: Path) -> None:
-    for seed in (0, 0, 1):
-        made, callback, said = trainer(tmp_path), DriftCallback(), list[str]()
-        made.print = said.append
+def test_runs_of_one_name_leave_records_of_their_own(tmp_path: Path) -> None:
+    """And a run that is resumed with other last digits keeps its first ones, silently."""
+    for output, seed in (("one", 0), ("one", 1), ("two", 1)):
+        made, callback = trainer(tmp_path), DriftCallback()
+        made.output = tmp_path / output
         for i in range(4):
             made.step = i + 1
-            callback.on_step(made, step(i + 1, drawn(i, 0) if not seed else drawn(9 + i, 0)))
-        assert len(said) == seed
-        assert all("drift/r: step 2 has other drift" in line for line in said)
+            callback.on_step(made, step(i + 1, drawn(9 * seed + i, 0)))
+    storage = Storage(tmp_path)
+    first, second = (
+        jsonfile.load_sealed(
+            storage.get(f"drift/{pin_name(tmp_path / name, 'r')}/00000004.json"), "x"
+        )
+        for name in ("one", "two")
+    )
+    assert len(storage.list("drift")) == 4
+    meter = DriftMeter()
+    for i in (2, 3):
+        meter.add(drawn(i, 0))
+    assert first["by_policy"] == meter.take(1) != second["by_policy"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from safetensors import SafetensorError
 
 from stillroom.cache.errors import CorruptError, StorageError
-from stillroom.train.durable import write_file, write_folder
+from stillroom.train.durable import remove, write_file, write_folder
 
 
 def test_folder_appears_whole(tmp_path: Path) -> None:
@@ -81,3 +82,24 @@ def test_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "f").read_bytes() == b"two"
     assert len(synced) == 4
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old content stays, and the error names the place."""
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_file(tmp_path / "f", b"one")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"/f: .*No space left on device.*Make room"):
+        write_file(tmp_path / "f", b"two")
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+    assert (tmp_path / "f").read_bytes() == b"one"
+
+
+def test_what_cannot_be_removed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="gone: expected to remove it"):
+        remove(tmp_path / "gone")

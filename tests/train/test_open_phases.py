@@ -24,6 +24,7 @@ from stillroom.train.callbacks import Callback, StepOutcome
 from stillroom.train.config import ReplayConfig
 from stillroom.train.objective import Objective
 from stillroom.train.phases import Phase
+from stillroom.train.run_snapshot import pin_name
 from stillroom.train.supervised_data import SupervisedConfig, load_supervised
 from stillroom.train.trainer import ReplayTrainer
 
@@ -162,7 +163,8 @@ def test_only_replay_is_counted_and_measured(run: Run, text: SupervisedConfig, c
     ]
     made, recorder = run(phases)
     assert recorder.outcomes[-1].rows == 6
-    drift = json.loads(made.cache.storage.get(f"drift/r/{made.step:08d}.json"))["by_policy"]
+    record = f"drift/{pin_name(made.output, 'r')}/{made.step:08d}.json"
+    drift = json.loads(made.cache.storage.get(record))["by_policy"]
     replayed = sum(one.num_positions for one in recorder.outcomes if one.replayed)
     assert {version: sums["positions"] for version, sums in drift.items()} == {"0": replayed}
 

@@ -54,6 +54,16 @@ def test_any_class_of_torch_with_its_arguments(name: str, settings: dict[str, An
         ({"optimizer": "Rprop", "weight_decay": 0.1}, r"train\.optimizer.*weight_decay"),
         ({"optimizer_args": {"epsilon": 1.0}}, r"train\.optimizer.*epsilon"),
         ({"optimizer_args": {"lr": 1.0}}, r"train\.optimizer_args.*got lr"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, r"train\.lr_scheduler_type.*decay_steps"),
+        (
+            {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"power": 2.0}},
+            r"train\.lr_scheduler_type.*power",
+        ),
+        ({"lr_scheduler_kwargs": {"power": 2.0}}, r"train\.lr_scheduler_kwargs.*got power"),
+        (
+            {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"num_warmup_steps": 2}},
+            r"train\.lr_scheduler_kwargs.*got num_warmup_steps.*train\.warmup_steps",
+        ),
         ({"lr_scheduler_type": "foo"}, r"train\.lr_scheduler_type.*foo"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, r"train\.lr_scheduler_type.*counts steps"),
     ],
@@ -77,3 +87,28 @@ def test_a_schedule_warms_up_and_falls() -> None:
         optimizer.step()
         schedule.step()
     assert rates == [0.0, 0.5, 1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "expected"),
+    [
+        ("cosine_with_min_lr", {"min_lr": 0.5}, [1.0, 0.75, 0.5]),
+        (
+            "warmup_stable_decay",
+            {"num_decay_steps": 1, "decay_type": "linear", "min_lr_ratio": 0.25},
+            [1.0, 1.0, 0.25],
+        ),
+    ],
+)
+def test_schedules_with_arguments_of_their_own(
+    name: str, kwargs: dict[str, Any], expected: list[float]
+) -> None:
+    config = ReplayConfig(learning_rate=1.0, lr_scheduler_type=name, lr_scheduler_kwargs=kwargs)
+    check_trainable(config)
+    optimizer = make_optimizer(parameters(), config)
+    schedule, rates = make_schedule(optimizer, config, total_steps=2), []
+    for _ in range(3):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(expected)
