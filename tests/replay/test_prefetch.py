@@ -180,18 +180,19 @@ def test_after_an_error_the_stream_stays_and_goes_on_when_the_file_is_back(
 
 
 def test_an_error_in_packing_is_raised_here(scored_cache: Cache) -> None:
-    calls, freed = count(), threading.Event()
+    full = threading.Event()
 
     def scarce(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        if next(calls) >= 200 and not freed.is_set():
+        if full.is_set():
             raise MemoryError("no pinned memory is left")
         return np.empty(shape, dtype)
 
     with open_stream(scored_cache, scarce) as stream, open_stream(scored_cache) as other:
         assert same(stream.next_batch(), other.next_batch())
+        full.set()
         with pytest.raises(MemoryError, match="pinned"):
             deque(zip(stream, other, strict=False), maxlen=0)
-        freed.set()
+        full.clear()
         other.load_state_dict(stream.state_dict())
         assert same(stream.next_batch(), other.next_batch())
 
