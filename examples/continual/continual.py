@@ -54,9 +54,10 @@ class Settings:
     answer_tokens: int = 40
     samples: int = 1
     """Answers to each prompt."""
-    learning_steps: int = 12
-    replay_steps: int = 12
+    learning_steps: int = 24
+    replay_steps: int = 36
     learning_rate: float = 2e-4
+    replay_learning_rate: float = 1e-4
     batch_rows: int = 4
     """Pieces of a step of fine-tuning; replay takes twice as many answers."""
 
@@ -156,7 +157,10 @@ def run(output: Path, settings: Settings) -> dict[str, dict[str, float]]:
     )
     learn, back = settings.learning_steps, settings.replay_steps
     runs = {
-        "replay": (Phase(supervised=text, max_steps=learn), Phase(max_steps=back)),
+        "replay": (
+            Phase(supervised=text, max_steps=learn),
+            Phase(max_steps=back, learning_rate=settings.replay_learning_rate),
+        ),
         "control": (Phase(supervised=text, max_steps=learn + back),),
     }
     names = {
@@ -186,6 +190,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/continual"))
     parser.add_argument("--original", type=Path, default=ORIGINAL, help="folder of the model")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
+    parser.add_argument(
+        "--replay-learning-rate", type=float, default=Settings.replay_learning_rate
+    )
     parser.add_argument("--learning-steps", type=int, default=Settings.learning_steps)
     parser.add_argument("--replay-steps", type=int, default=Settings.replay_steps)
     given = vars(parser.parse_args())

@@ -10,6 +10,8 @@ import yaml
 
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.store import Cache
+from stillroom.replay.config import StreamConfig
+from stillroom.replay.policies import policy_versions, register_initial
 from stillroom.train import ReplayConfig
 from stillroom.train.phases import Phase
 from stillroom.train.settings import build_settings
@@ -25,13 +27,18 @@ def blocks(language: str) -> list[str]:
 def test_the_code_runs(
     make_cache: Callable[..., Cache],
     student_dir: Path,
+    teacher_dir: Path,
+    prompts_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    make_cache(tmp_path / "cache")
+    cache = make_cache(tmp_path / "cache")
+    register_initial(cache.storage, inspect_model(str(student_dir)), "test")
     found: dict[str, Any] = {
         "student": str(student_dir),
+        "teacher": str(teacher_dir),
+        "prompts": str(prompts_file),
         "cache": str(tmp_path / "cache"),
         "output": tmp_path / "output",
     }
@@ -42,6 +49,8 @@ def test_the_code_runs(
     first = inspect_model(str(student_dir))
     assert saved.fingerprint != first.fingerprint
     assert saved.tokenizer_fingerprint == first.tokenizer_fingerprint
+    assert found["refreshed"].steps == 6
+    assert policy_versions(cache.storage) == [0, 1, 2]
     assert found["found"].loss > 0
     assert found["again"].callbacks[-1].__class__ is found["StopWhenLow"]
 
@@ -56,5 +65,9 @@ def test_the_settings_are_some() -> None:
 
 def test_every_setting_that_is_named_exists() -> None:
     named = set(re.findall(r"`([a-z]+_[a-z_]+)`", TEXT))
-    known = {*ReplayConfig.__dataclass_fields__, "batch_rows", "target_modules"}
+    known = {
+        *ReplayConfig.__dataclass_fields__,
+        *StreamConfig.__dataclass_fields__,
+        "target_modules",
+    }
     assert named - known == {"run_name", "save_student"}
