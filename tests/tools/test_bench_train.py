@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from stillroom.cache.errors import InputError, MissingError
 from stillroom.tools.bench_stream import alone
@@ -22,6 +23,7 @@ from stillroom.tools.bench_train_loss import WAYS, YARDSTICK, Settings, Shape, m
 from stillroom.tools.bench_train_rows import Sizes, prepare
 from stillroom.tools.bench_train_turns import Program, Turn, take_turns
 from stillroom.train.run_config import RunConfig
+from stillroom.train.settings import build_settings
 
 SMALL = Shape(tokens=24, vocab=300, width=16, topk=8)
 MEASURED = Shape(tokens=512, vocab=20_000, width=16, topk=8)
@@ -52,6 +54,14 @@ def test_ways_of_one_loss_agree_and_memory_is_seen() -> None:
     logits_mb = MEASURED.logits_bytes / 2**20
     assert grown["cross-entropy"] > 2 * logits_mb
     assert grown["fused, forward KL"] < logits_mb / 2
+
+
+def test_the_recipe_is_a_run() -> None:
+    (recipe,) = re.findall(
+        r"^```yaml\n(.*?)^```$", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+    made = build_settings(RunConfig, yaml.safe_load(recipe), "recipe")
+    assert (made.rounds, made.train.replay.batch_rows) == (20, 64)
 
 
 @pytest.mark.slow

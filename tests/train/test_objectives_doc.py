@@ -31,4 +31,4 @@ def test_every_choice_has_a_line_in_a_table(name: str) -> None:
 
 @pytest.mark.parametrize("field", dataclasses.fields(Objective), ids=lambda field: field.name)
 def test_every_setting_is_named(field: dataclasses.Field[Any]) -> None:
-    assert re.search(rf"`{field.name}\b|^      {field.name}:", TEXT, flags=re.MULTILINE)
+    assert re.search(rf"`{field.name}\b|^  {field.name}:", TEXT, flags=re.MULTILINE)
