@@ -1,7 +1,7 @@
 """What a quality study found: a table of final distances and times, and its curves as a picture."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +40,8 @@ COLUMNS = (
 )
 JUDGED = {"forward": "forward_kl_nats", "jsd": "forward_kl_nats", "reverse": "reverse_kl_nats"}
 """The measure by which an objective has reached what TRL reached, on either text."""
+RIVAL = dict.fromkeys(COLLAPSE, "reverse")
+"""The objective of TRL's that others are compared with; for those that are not here, their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,10 @@ def lines_of(study: Study, curves: Curves) -> list[Line]:
         groups[cell.objective, cell.way].append(cell)
     order = [*OBJECTIVES, *COLLAPSE]
     keys = sorted(groups, key=lambda key: order.index(key[0]))
-    return [_line(study, curves, groups[key], groups.get((key[0], TRL), [])) for key in keys]
+    return [
+        _line(study, curves, groups[key], groups.get((RIVAL.get(key[0], key[0]), TRL), []))
+        for key in keys
+    ]
 
 
 def mean_curve(curves: Curves, cells: Sequence[Cell], get: Callable[[Any], float]) -> list[float]:
@@ -121,6 +126,9 @@ def draw(curves: Curves, folder: Path) -> list[Path]:
     student's own text by CPU time, by updates, and on the teacher's text by updates. Lines are
     means over seeds, and bands go from the least to the most.
 
+    Beside reverse KL stands that over buckets with the tail; the last column has its tail mass and
+    that of the truncated one.
+
     Returns:
         The files; none where matplotlib is not installed.
     """
@@ -133,9 +141,14 @@ def draw(curves: Curves, folder: Path) -> list[Path]:
     axes = figure.subplots(len(ROWS), len(columns), squeeze=False)
     for column, objectives in enumerate(columns):
         for row, (key, label, text) in enumerate(ROWS):
-            _plot(axes[row][column], curves, objectives, key, text)
+            if objectives == COLLAPSE:
+                _plot_tail_mass(axes[row][column], curves, key, text)
+            else:
+                _plot(axes[row][column], curves, objectives[0], key, text)
             axes[row][column].set_xlabel(label)
-    axes[0][0].legend(fontsize="small")
+    for first in axes[0]:
+        if first.lines:
+            first.legend(fontsize="small")
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"quality.{suffix}" for suffix in ("svg", "png")]
     for path in paths:
@@ -143,21 +156,41 @@ def draw(curves: Curves, folder: Path) -> list[Path]:
     return paths
 
 
-def _plot(axes: Any, curves: Curves, objectives: Iterable[str], key: str, text: str) -> None:
-    for objective in objectives:
-        measure = JUDGED.get(objective, "tail_mass")
+def _plot(axes: Any, curves: Curves, objective: str, key: str, text: str) -> None:
+    """The judged measure of an objective's cells, and of those that have the same rival."""
+    measure = JUDGED[objective]
+    for shown in (objective, *COLLAPSE[:1]) if objective == "reverse" else (objective,):
+        for way in dict.fromkeys(cell.way for cell in curves if cell.objective == shown):
+            label = way if shown == objective else f"{way}, {shown}"
+            _curve(axes, curves, (way, shown), key, lambda p: p[text][measure], label)
+    axes.set_title(f"{objective}, {TEXTS[text]}", fontsize="small")
+    axes.set_ylabel(f"{measure} (nats)")
+
+
+def _plot_tail_mass(axes: Any, curves: Curves, key: str, text: str) -> None:
+    for objective in COLLAPSE:
         for way in dict.fromkeys(cell.way for cell in curves if cell.objective == objective):
-            cells = [c for c in curves if (c.way, c.objective) == (way, objective)]
-            times = mean_curve(curves, cells, lambda p: p[key])
-            points = list(zip(*[[p[text][measure] for p in curves[c]] for c in cells], strict=True))
-            label = objective if objective in COLLAPSE else way
-            (line,) = axes.plot(times, list(map(mean, points)), marker=".", label=label)
-            low, high = list(map(min, points)), list(map(max, points))
-            axes.fill_between(times, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.set_title(f"{' and '.join(objectives)}, {TEXTS[text]}", fontsize="small")
-        axes.set_ylabel("its tail mass" if objective in COLLAPSE else f"{measure} (nats)")
-    if any(objective in COLLAPSE for objective in objectives) and axes.lines:
-        axes.legend(fontsize="small")
+            _curve(axes, curves, (way, objective), key, lambda p: p[text]["tail_mass"], objective)
+    axes.set_title(f"{' and '.join(COLLAPSE)}, {TEXTS[text]}", fontsize="small")
+    axes.set_ylabel("the student's tail mass")
+
+
+def _curve(
+    axes: Any,
+    curves: Curves,
+    group: tuple[str, str],
+    key: str,
+    get: Callable[[Any], float],
+    label: str,
+) -> None:
+    """A line of means, and a band from the least to the most, over the seeds of a way and
+    objective."""
+    cells = [cell for cell in curves if (cell.way, cell.objective) == group]
+    times = mean_curve(curves, cells, lambda p: p[key])
+    points = list(zip(*[[get(p) for p in curves[cell]] for cell in cells], strict=True))
+    (line,) = axes.plot(times, list(map(mean, points)), marker=".", label=label)
+    low, high = list(map(min, points)), list(map(max, points))
+    axes.fill_between(times, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def _line(study: Study, curves: Curves, cells: list[Cell], trl: list[Cell]) -> Line:
@@ -167,7 +200,8 @@ def _line(study: Study, curves: Curves, cells: list[Cell], trl: list[Cell]) -> L
         return mean(map(get, last))
 
     def spread(text: str) -> float:
-        values = [point[text][JUDGED.get(cell.objective, JUDGED["reverse"])] for point in last]
+        judged = JUDGED[RIVAL.get(cell.objective, cell.objective)]
+        values = [point[text][judged] for point in last]
         return float(max(values) - min(values))
 
     return Line(
@@ -196,7 +230,7 @@ def _share(
 ) -> float | None:
     if not trl or cells[0].method == TRL:
         return None
-    measure = JUDGED[cells[0].objective]
+    measure = JUDGED[trl[0].objective]
     seeds = {cell.seed for cell in cells} & {cell.seed for cell in trl}
     both = [[cell for cell in group if cell.seed in seeds] for group in (cells, trl)]
     if not seeds:

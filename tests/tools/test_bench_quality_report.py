@@ -78,6 +78,17 @@ def test_shares_are_of_either_text() -> None:
     assert line.share_of_trl_cpu_teacher is None
 
 
+def test_reverse_over_buckets_is_compared_with_trls_reverse() -> None:
+    curves = {
+        Cell("trl", 0, "reverse", 0): curve(10, 4, 2, 1),
+        Cell("replay", 16, "reverse_tail", 0): curve(4, 4, 1, 3),
+    }
+    _, line = lines_of(STUDY, curves)
+    assert line.share_of_trl_wall == pytest.approx(4 / 20)
+    both = curves | {Cell("replay", 16, "reverse_tail", 1): curve(4, 4, 1, 5)}
+    assert lines_of(STUDY, both)[1].own_spread_nats == 2 * (5 - 3)
+
+
 def test_a_curve_reaches_a_value_between_its_points() -> None:
     assert reached_after([0, 10, 20], [4, 2, 1], 3) == 5
     assert reached_after([0, 10, 20], [4, 2, 1], 1) == 20
