@@ -5,7 +5,9 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from stillroom.cache.errors import MismatchError, StillroomError, StorageError
 from stillroom.cache.score import score
 from stillroom.cache.storage import Storage
 from stillroom.cache.store import Cache
+from stillroom.cache.zarr_layout import OBJECT_NAME
 from stillroom.replay import ReplayStream, Source, StreamConfig
 from stillroom.tools.cli import main
 from tests.cache.fakes import (
@@ -91,6 +94,24 @@ def test_a_cache_on_s3_holds_what_one_on_a_disk_holds(s3: S3, tmp_path: Path) ->
             if a is not None and b is not None:
                 assert same_bits(a.topk_logprob, b.topk_logprob)
                 assert same_bits(a.token, b.token)
+
+
+def test_a_stream_has_many_requests_on_their_way_at_once(s3: S3) -> None:
+    cache = quick_cache(s3)
+    score(cache, FakeTeacher())
+    snapshot = cache.open_snapshot(cache.snapshot().id)
+    s3.proxy.behave()
+    s3.proxy.misbehave("stall", "GET", OBJECT_NAME, times=PARTS * ROWS)
+    config = StreamConfig(batch_rows=PARTS * ROWS, max_tokens=64, block_rows=1)
+    with ReplayStream(Source(cache, snapshot), config) as stream, ThreadPoolExecutor(1) as trainer:
+        batch = trainer.submit(stream.next_batch)
+        late = time.monotonic() + 20
+        while s3.proxy.count("GET", OBJECT_NAME) < 8 and time.monotonic() < late:
+            time.sleep(0.02)
+        unanswered = s3.proxy.count("GET", OBJECT_NAME)
+        s3.proxy.behave()
+        assert batch.result().num_positions == snapshot.positions
+    assert unanswered >= 8
 
 
 def test_a_cache_is_made_once(s3: S3) -> None:
