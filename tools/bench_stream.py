@@ -113,6 +113,9 @@ def alone(measure: Callable[..., Result], *args: Any, most_s: float | None = Non
             raise TimeoutError(f"no answer within {most_s} s")
         answer = ours.recv()
         process.join(END_S)
+    except EOFError:
+        process.join(END_S)
+        raise EOFError(f"no answer: its process ended with status {process.exitcode}") from None
     finally:
         process.kill()
         process.join()

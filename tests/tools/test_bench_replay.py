@@ -20,6 +20,7 @@ from stillroom.tools import bench_replay
 from stillroom.tools.bench_data import made_up
 from stillroom.tools.bench_peers import COLUMNS
 from stillroom.tools.bench_replay_peers import (
+    PeerSpeed,
     check_rows,
     loaders,
     measure_peer,
@@ -27,7 +28,10 @@ from stillroom.tools.bench_replay_peers import (
     replay_order,
 )
 from stillroom.tools.bench_stream import (
+    Delivered,
     Replayed,
+    Resumed,
+    Waited,
     alone,
     checksum,
     deliver,
@@ -168,6 +172,56 @@ def test_it_measures_a_caches_own_rows_and_writes_nothing(
     assert [row.all_kept for row in found.streams] == [False, False, False, True]
     assert found.default is found.streams[2]
     assert found.s3 is None
+
+
+def test_other_loaders_stand_beside_the_default_stream(capsys: pytest.CaptureFixture[str]) -> None:
+    quick, slow = (Delivered(positions=n, seconds=2.0, cores=1, memory_mb=3) for n in (8000, 2000))
+    kept = Delivered(positions=80_000, seconds=2.0, cores=1, memory_mb=3)
+    figures = bench_replay.ReplayFigures(
+        rows=4,
+        positions=8000,
+        copies=1,
+        topk=8,
+        streams=[
+            bench_replay.Streamed(threads=2, first=quick, later=quick),
+            bench_replay.Streamed(threads=2, first=quick, later=kept, all_kept=True),
+        ],
+        peers=[
+            PeerSpeed(name="neat", first=slow, later=quick),
+            PeerSpeed(name="stuck", failed="it took longer than 180 s"),
+        ],
+        s3=None,
+        waited=Waited(tokens_s=1.0, first_batch_s=0.5, share=0.1, later_share=0.01, steps=40),
+        resumed=[Resumed(step=1, load_s=0.1, first_batch_s=0.2)],
+    )
+    bench_replay.print_figures(figures)
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert lines["neat"] == ["neat", "1,000", "4,000", "1", "3", "4", "1"]
+    assert "it took longer than 180 s" in " ".join(lines["stuck"])
+
+
+def test_a_loader_that_fails_or_takes_too_long_has_no_figures(
+    replayed: Replayed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_replay, "PEER_S", 30.0)
+    monkeypatch.setattr(bench_replay, "measure_peer", end_at_once)
+    failed = bench_replay._measured_peer("neat", replayed, CONFIG)
+    monkeypatch.setattr(bench_replay, "PEER_S", 0.2)
+    monkeypatch.setattr(bench_replay, "measure_peer", never_end)
+    late = bench_replay._measured_peer("slow", replayed, CONFIG)
+    for row in (failed, late):
+        assert row.failed
+        assert row.first is row.later is None
+
+
+def end_at_once(*args: Any) -> None:
+    """A loader whose process dies."""
+    os._exit(3)
+
+
+def never_end(*args: Any) -> None:
+    """A loader that gives nothing."""
+    time.sleep(600)
 
 
 def test_a_cache_without_scores_is_refused(tmp_path: Path) -> None:
