@@ -18,6 +18,7 @@ SIZES = {
     "learning_steps": 12,
     "replay_steps": 24,
     "learning_rate": 3e-3,
+    "replay_learning_rate": 3e-3,
 }
 
 
