@@ -50,6 +50,12 @@ class Recycler:
             array: np.ndarray = self._take(_rounded(size))[:size].view(dtype).reshape(shape)
             return array
 
+    def clear(self) -> None:
+        """Let go of all buffers; those in use last as long as their arrays."""
+        with self._lock:
+            self._buffers.clear()
+            self._bytes, self._let_go_beyond = 0, self._limit
+
     def _take(self, size: int) -> np.ndarray:
         buffers = self._buffers.setdefault(size, deque())
         for _ in range(min(LOOK_AT, len(buffers))):

@@ -29,7 +29,8 @@ class Blocks(Generic[Key, Block]):
         read: reads a block; called in a thread.
         size: bytes of a block, known before it is read.
         pool: where blocks are read, in the order in which they were wanted.
-        limit: bytes of blocks, those in use and those that are kept.
+        limit: bytes of blocks, those in use and those that are kept. What is in use may be more;
+            then nothing else is kept.
     """
 
     def __init__(
@@ -51,10 +52,11 @@ class Blocks(Generic[Key, Block]):
         return self._bytes
 
     def fits(self, keys: Collection[Key]) -> bool:
-        """Whether blocks can be wanted too without holding more than the limit."""
+        """Whether blocks can be wanted too: no more than the limit will be in use, or nothing is
+        yet."""
         with self._lock:
             idle = [k for k in keys if k not in self._held or not self._held[k].users]
-            return self._in_use + sum(map(self._size, idle)) <= self._limit
+            return not self._in_use or self._in_use + sum(map(self._size, idle)) <= self._limit
 
     def want(self, keys: Collection[Key]) -> None:
         """Keep blocks until they are released; those that are not here are read. None is kept if

@@ -49,15 +49,16 @@ class StreamConfig:
     Divides batch_rows."""
     share_prompts: bool | None = None
     """Whether the rollouts of a group go through the student with their prompt once; takes
-    group_rows above 1. If nothing is said, training does so on a CPU, where it is known to be
-    faster, and a stream by itself does not."""
+    group_rows above 1. If nothing is said, training does so on a CPU in float32, where it is known
+    to be faster, and gradients to be the same to 1e-5; a stream by itself does not."""
     even_ranks: bool = False
     """Whether a step's rows are dealt to ranks by length, so that all are done at the same time. A
     rank then decodes blocks of every lane, where it would read its own lanes only."""
     cached_bytes: int = 1 << 30
     """Decoded blocks kept in memory, bytes."""
     ahead_bytes: int = 256 << 20
-    """Packed batches kept ready, bytes; one at least is."""
+    """Packed batches kept ready, bytes; one at least is. Page-locked ones, for a GPU, take up to
+    twice as much: torch rounds each array up to a power of two, and keeps its memory."""
     threads: int = 0
     """Threads that read and decode; 0 for one a core, 8 at most, and 16 on an object store."""
     rows: RowFilter = field(default_factory=RowFilter)

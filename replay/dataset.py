@@ -8,6 +8,7 @@ gives the steps in order. A worker opens the caches itself; nothing that is open
 """
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from stillroom.replay.config import StreamConfig
 from stillroom.replay.dataset_state import DatasetState
 from stillroom.replay.feed import StoredSource
 from stillroom.replay.pinned import pinned_empty
+from stillroom.replay.state import snapshots_in
 from stillroom.replay.stream import ReplayStream
 from stillroom.replay.tensors import Step, in_one_block, step_tensors
 
@@ -31,7 +33,9 @@ class ReplayDataset(IterableDataset[Step]):
     tensor, which `from_tensors` refuses), or by themselves.
 
     Every iteration begins at the beginning, but for the next one after `skip` or a loaded state,
-    which begins there. Memory and threads of the settings are divided among workers.
+    which begins there: where caches are followed, at the state's snapshots. Memory and threads of
+    the settings are divided among workers. Rows that are not replayed are said on standard error,
+    by rank 0 and its first worker.
 
     Args:
         sources: the caches; one or several.
@@ -92,6 +96,20 @@ class ReplayDataset(IterableDataset[Step]):
         self._start = DatasetState()
         return self._steps(self._running, shared=info is not None)
 
+    @property
+    def snapshots(self) -> list[str]:
+        """Ids of the snapshots that the newest iteration of this process reads now, or the next one
+        begins with: what is to be pinned."""
+        if self._running is not None:
+            return self._running.stream.snapshots
+        return [source.snapshot for source in self._sources_at(self._start)]
+
+    @property
+    def missing(self) -> str:
+        """What the newest iteration of this process does not replay, for a person; empty if it
+        replays every row, whole, or if there is none yet."""
+        return "" if self._running is None else self._running.stream.missing
+
     def state_dict(self) -> dict[str, Any]:
         """Where the newest iteration of this process stands, or the next one begins: a small plain
         dict.
@@ -143,7 +161,7 @@ class ReplayDataset(IterableDataset[Step]):
             )
 
     def _open(self, start: DatasetState) -> "_Running":
-        sources = [source.open() for source in self._sources]
+        sources = [source.open() for source in self._sources_at(start)]
         remote = any(not source.cache.storage.is_local for source in sources)
         is_pinned = self._pin and get_worker_info() is None
         pinned: dict[str, Any] = {"empty": pinned_empty} if is_pinned else {}
@@ -155,6 +173,7 @@ class ReplayDataset(IterableDataset[Step]):
             one_row=self._one_row,
             vocab_size=self._vocab_size,
             stride=start.workers,
+            say=_say if self._rank == start.worker == 0 else None,
             **pinned,
         )
         try:
@@ -165,6 +184,16 @@ class ReplayDataset(IterableDataset[Step]):
             stream.close()
             raise
         return _Running(stream, start.step, start.worker, start.workers)
+
+    def _sources_at(self, start: DatasetState) -> tuple[StoredSource, ...]:
+        """The sources; where they are followed, at the snapshots of a state."""
+        if start.stream is None or not self._config.follow_every_steps:
+            return self._sources
+        snapshots = snapshots_in(start.stream)
+        if len(snapshots) != len(self._sources):
+            return self._sources  # the stream refuses the state, and says why
+        pairs = zip(self._sources, snapshots, strict=True)
+        return tuple(replace(source, snapshot=one) for source, one in pairs)
 
     def _steps(self, running: "_Running", *, shared: bool) -> Iterator[Step]:
         try:
@@ -210,3 +239,7 @@ def _share(config: StreamConfig, workers: int, remote: bool) -> StreamConfig:
         ahead_bytes=max(1, config.ahead_bytes // workers),
         threads=max(1, config.read_threads(remote) // workers),
     )
+
+
+def _say(missing: str) -> None:
+    print(f"  replay: {missing}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 every epoch."""
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
 from itertools import count
 
@@ -17,7 +18,8 @@ from stillroom.replay.plan import Plan
 from stillroom.replay.reader import RowReader
 from stillroom.replay.row_filter import RowFilter
 from stillroom.replay.selection import select
-from stillroom.replay.staleness import kept_rows
+from stillroom.replay.shard_columns import Known
+from stillroom.replay.staleness import kept_rows, mean_of_kept
 
 BYTES = {
     axes: sum(np.dtype(dtype).itemsize for own, dtype in LAYOUT.values() if own == axes)
@@ -82,17 +84,24 @@ class Feed:
         number: its place among the stream's sources; seeds its order too.
         config: the stream's settings.
         empty: makes the arrays of decoded blocks.
+        known: what was read of shards, where the source is followed, for rows to be chosen by.
 
     Raises:
         InputError: no row is left, or one is too long.
     """
 
     def __init__(
-        self, source: Source, number: int, config: StreamConfig, empty: Empty = np.empty
+        self,
+        source: Source,
+        number: int,
+        config: StreamConfig,
+        empty: Empty = np.empty,
+        known: Known | None = None,
     ) -> None:
         """Choose rows; none is read yet."""
         self.source, self.number, self._config, self._empty = source, number, config, empty
         self.filter = config.rows if source.rows is None else source.rows
+        known = dict(known or {}) if config.follow_every_steps else None
         self.selection = select(
             source.cache,
             source.snapshot,
@@ -101,7 +110,9 @@ class Feed:
             over_long=config.over_long,
             group_rows=config.group_rows,
             with_policy=config.lag_half_life is not None,
+            known=known,
         )
+        self._known = _of_snapshot(known or {}, source.snapshot)
         self.selection_digest = self.selection.digest
         self.reader = RowReader(
             source.cache,
@@ -121,6 +132,15 @@ class Feed:
     def units(self) -> int:
         """Units in all."""
         return len(self.selection.unit_start) - 1
+
+    @property
+    def unit_rows(self) -> Fraction:
+        """Rows of a unit, on average over many epochs."""
+        selection, half_life = self.selection, self._config.lag_half_life
+        if half_life is None or self._config.group_rows == 1:
+            return Fraction(len(selection.rows), self.units)
+        sizes = np.diff(selection.unit_start)
+        return mean_of_kept(sizes, selection.unit_policy, half_life, selection.newest_policy)
 
     def open_bytes(self, world: int) -> int:
         """About what the blocks take that one of so many ranks has in use at once."""
@@ -153,9 +173,10 @@ class Feed:
         return tokens * BYTES["T"] + positions * self._position_bytes
 
     def with_snapshot(self, snapshot: Snapshot) -> "Feed":
-        """The same source at another snapshot."""
+        """The same source at another snapshot. Where it is followed, columns are read only of
+        shards that this one has not."""
         source = replace(self.source, snapshot=snapshot)
-        return Feed(source, self.number, self._config, self._empty)
+        return Feed(source, self.number, self._config, self._empty, self._known)
 
     def _make_epoch(self, epoch: int) -> tuple[Plan, np.ndarray]:
         selection, config = self.selection, self._config
@@ -163,7 +184,14 @@ class Feed:
         kept = np.arange(self.units)
         if config.lag_half_life is not None:
             key = selection.rows[selection.unit_start[:-1]]
-            kept = kept_rows(selection.unit_policy, seed, epoch, config.lag_half_life, key)
+            newest = selection.newest_policy
+            kept = kept_rows(selection.unit_policy, seed, epoch, config.lag_half_life, key, newest)
         size = config.group_rows
         block, window = max(1, config.block_rows // size), max(1, config.window_rows // size)
         return Plan(len(kept), seed, block, window), kept
+
+
+def _of_snapshot(known: Known, snapshot: Snapshot) -> Known:
+    """What is known of the shards of a snapshot."""
+    digests = (commit.digest() for commit in snapshot.commits) if known else ()
+    return {digest: known[digest] for digest in digests if digest in known}

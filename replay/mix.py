@@ -1,8 +1,12 @@
 """Rows from several caches in fixed shares: how many of the first n draws each cache gives. Pure,
-and closed in n, so that a place in the mix is one number."""
+and closed in n, so that a place in the mix is one number.
+
+A draw is a unit: a row, or rollouts of one prompt that stay together.
+"""
 
 from collections.abc import Sequence
 from fractions import Fraction
+from math import lcm
 
 from stillroom.cache.errors import ConfigError
 
@@ -26,6 +30,19 @@ def shares(weights: Sequence[float]) -> list[int]:
     return found
 
 
+def shares_of_units(share: Sequence[int], unit_rows: Sequence[Fraction]) -> list[int]:
+    """Shares of the draws that give these shares of the rows, exactly; where all caches have units
+    of one row they are the same.
+
+    Args:
+        share: of the rows, as from `shares`.
+        unit_rows: rows of a unit of each cache, on average; > 0.
+    """
+    exact = [own / rows for own, rows in zip(share, unit_rows, strict=True)]
+    scale = lcm(*(own.denominator for own in exact))
+    return [int(own * scale) for own in exact]
+
+
 def drawn(draws: int, share: Sequence[int]) -> list[int]:
     """How many of the first draws each cache gives.
 
@@ -35,7 +52,7 @@ def drawn(draws: int, share: Sequence[int]) -> list[int]:
 
     Args:
         draws: n, >= 0.
-        share: whole numbers above 0, as from `shares`.
+        share: whole numbers above 0, as from `shares` or `shares_of_units`.
     """
     counts, weight = [], sum(share)
     for own in share[:-1]:

@@ -10,7 +10,8 @@ rank reads its own lanes only. (Where rollouts of a prompt stay together, a row 
 group.)
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -19,6 +20,8 @@ from stillroom.cache.errors import ConfigError
 
 MAX_LANES = 64
 LONG = 4
+EPOCHS = 2
+"""Whose lists of blocks are kept."""
 MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
@@ -33,6 +36,13 @@ class Plan:
     """Neighbouring rows that move together; >= 1."""
     window: int
     """Rows of a lane that are permuted among themselves; >= 1."""
+    _tiles: dict[int, tuple[tuple[int, int], list[int]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Of each lane the tile that was used last: epoch and number, and its rows."""
+    _blocks: Callable[[int, int, int, int], tuple[np.ndarray, np.ndarray]] = field(
+        default_factory=lambda: lru_cache(EPOCHS)(_blocks), init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -55,8 +65,24 @@ class Plan:
         for g in range(start, min(stop, self.rows)):
             index, lane = divmod(g, lanes)
             number, first = divmod(index + self._early(lane, lanes), self.window)
-            found.append(_tile(self, epoch, lane, number)[min(first, index)])
+            found.append(self._tile(epoch, lane, number)[min(first, index)])
         return found
+
+    def _tile(self, epoch: int, lane: int, number: int) -> list[int]:
+        kept = self._tiles.get(lane)
+        if kept is None or kept[0] != (epoch, number):
+            kept = self._tiles[lane] = (epoch, number), self._permuted(epoch, lane, number)
+        return kept[1]
+
+    def _permuted(self, epoch: int, lane: int, tile: int) -> list[int]:
+        """Rows of a tile, in their order."""
+        start, length = self._lane(lane)
+        early = self._early(lane, self.lanes)
+        first = max(0, tile * self.window - early)
+        stop = min((tile + 1) * self.window - early, length)
+        order = permutation(stop - first, self.seed, epoch, lane, tile)
+        rows: list[int] = self._listed(epoch, start + first + order).tolist()
+        return rows
 
     def _lane(self, lane: int) -> tuple[int, int]:
         base, longer = divmod(self.rows, self.lanes)
@@ -69,25 +95,14 @@ class Plan:
 
     def _listed(self, epoch: int, position: np.ndarray) -> np.ndarray:
         """Snapshot rows at positions of the epoch's list of permuted blocks."""
-        order, ends = _blocks(self.rows, self.block, self.seed, epoch)
+        order, ends = self._blocks(self.rows, self.block, self.seed, epoch)
         at = np.searchsorted(ends, position, side="right")
         before = np.where(at > 0, ends[at - 1], 0)
         return np.asarray(order[at] * self.block + position - before)
 
 
-@lru_cache(maxsize=512)
-def _tile(plan: Plan, epoch: int, lane: int, tile: int) -> list[int]:
-    start, length = plan._lane(lane)
-    early = plan._early(lane, plan.lanes)
-    first = max(0, tile * plan.window - early)
-    stop = min((tile + 1) * plan.window - early, length)
-    order = permutation(stop - first, plan.seed, epoch, lane, tile)
-    rows: list[int] = plan._listed(epoch, start + first + order).tolist()
-    return rows
-
-
-@lru_cache(maxsize=4)
 def _blocks(rows: int, block: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The permuted blocks of an epoch, and where each ends in their list."""
     order = permutation(-(-rows // block), seed, epoch)
     sizes = np.minimum(block, rows - order * block)
     return order, np.cumsum(sizes)

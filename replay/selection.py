@@ -2,7 +2,7 @@
 lengths, and the units in which they are shuffled.
 
 Lengths are the commits' and cost no read. Only columns that are needed are read, from several
-shards at once; none stays open.
+shards at once.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +16,7 @@ from stillroom.cache.schema import Arrays
 from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
 from stillroom.replay.row_filter import Conditions, RowFilter
+from stillroom.replay.shard_columns import UNCOUNTED, Known, ShardColumns
 
 OVER_LONG = ("refuse", "truncate", "skip")
 """What happens to rows of more tokens than a micro-batch: they are an error, lose their last
@@ -47,6 +48,9 @@ class Selection:
     `ranges`, `over_long`, or `no_position` (none is left of a truncated row)."""
     truncated: int
     """Selected rows that lost their last tokens."""
+    newest_policy: int
+    """The newest of `policy_version_min` of all rows of the snapshot, selected or not; -1 if it was
+    not read, or unknown of all."""
 
     @property
     def digest(self) -> str:
@@ -79,6 +83,7 @@ def select(
     group_rows: int = 1,
     with_policy: bool = False,
     threads: int = 16,
+    known: Known | None = None,
 ) -> Selection:
     """Choose the rows of a snapshot.
 
@@ -92,6 +97,8 @@ def select(
             and prompt, one after another.
         with_policy: read `Selection.policy` also where the filter does not need it.
         threads: shards that are read at once.
+        known: what selections of the same `max_tokens` have read of shards, which is not read
+            again; what is read now is added.
 
     Raises:
         InputError: no row is left, a row is longer than max_tokens and over_long is "refuse", or a
@@ -103,7 +110,7 @@ def select(
     if not snapshot.rows:
         do = "Roll out and score first, or widen the policies that are replayed."
         raise InputError(cache.storage.root, "rows to replay", "an empty snapshot", do)
-    survey = _Survey(cache, snapshot, Conditions(rows), threads)
+    survey = _Survey(cache, snapshot, Conditions(rows), threads, known)
     wanted = {POLICY: with_policy, PROMPT: group_rows > 1}
     survey.read({name for name, is_wanted in wanted.items() if is_wanted})
     if rows.max_lag is not None:
@@ -116,10 +123,15 @@ class _Survey:
     """Every row of a snapshot, and why it is left out."""
 
     def __init__(
-        self, cache: Cache, snapshot: Snapshot, conditions: Conditions, threads: int
+        self,
+        cache: Cache,
+        snapshot: Snapshot,
+        conditions: Conditions,
+        threads: int,
+        known: Known | None,
     ) -> None:
         """Take the lengths from the commits."""
-        self._cache, self._commits = cache, snapshot.commits
+        self._root, self._shards = cache.storage.root, ShardColumns(cache, snapshot, known)
         self._conditions, self._threads = conditions, threads
         self._start = np.cumsum([0, *(commit.rows for commit in snapshot.commits)])
         self._lengths = np.concatenate([commit.row_lengths() for commit in snapshot.commits])
@@ -139,14 +151,14 @@ class _Survey:
                 self._columns[name] = np.empty(len(self._reason), dtype)
 
         def read_part(part: int) -> None:
-            columns = self._read_columns(part, sorted(needed))
+            columns = self._shards.read(part, sorted(needed))
             own = slice(self._start[part], self._start[part + 1])
             self._apply(own, columns)
             for name, kept in self._columns.items():
                 kept[own] = columns[name]
 
         with ThreadPoolExecutor(self._threads) as pool:
-            list(pool.map(read_part, range(len(self._commits))))
+            list(pool.map(read_part, range(len(self._start) - 1)))
 
     def apply_lag(self, max_lag: int) -> None:
         """Leave out rows too far behind the newest policy, or of an unknown one."""
@@ -160,7 +172,7 @@ class _Survey:
             return 0
         if over_long == "refuse":
             longest = self._lengths[over, 0].max()
-            where = f"{self._cache.storage.root}, replay.max_tokens"
+            where = f"{self._root}, replay.max_tokens"
             expected = f"at least the longest row's {longest} tokens"
             got = f"{max_tokens}, and {len(over)} rows have more"
             do = "Raise it, or set replay.over_long to 'truncate' or 'skip'."
@@ -185,14 +197,16 @@ class _Survey:
             reasons = ", ".join(f"{count} by {name}" for name, count in left_out.items())
             got = f"none of {len(self._reason)}; left out: {reasons}"
             do = "Widen the filter, or raise replay.max_tokens."
-            raise InputError(self._cache.storage.root, "rows to replay", got, do)
+            raise InputError(self._root, "rows to replay", got, do)
+        policy = self._columns.get(POLICY)
         return Selection(
             rows=rows,
             lengths=self._lengths[rows],
-            policy=self._columns[POLICY][rows] if POLICY in self._columns else None,
+            policy=None if policy is None else policy[rows],
             unit_start=self._units(rows, group_rows),
             left_out=left_out,
             truncated=truncated,
+            newest_policy=-1 if policy is None else int(policy.max()),
         )
 
     def _units(self, rows: np.ndarray, group_rows: int) -> np.ndarray:
@@ -204,17 +218,6 @@ class _Survey:
         is_first[1:] = (part[1:] != part[:-1]) | (prompt[1:] != prompt[:-1])
         in_run = index[:-1] - np.maximum.accumulate(np.where(is_first, index[:-1], 0))
         return np.append(np.flatnonzero(in_run % group_rows == 0), len(rows))
-
-    def _read_columns(self, part: int, names: list[str]) -> Arrays:
-        shard = self._cache.shard(self._commits[part])
-        axes = shard.manifest.attributes["user_axes"]
-        for name in names:
-            if axes.get(name) == "position":
-                where = f"{self._cache.storage.describe(shard.path)}, {name}"
-                do = "Take the column out of rows.ranges."
-                raise InputError(where, "one number a sequence", "one a position", do)
-        arrays = shard.read_ranges([(name, 0, None) for name in names])
-        return dict(zip(names, arrays, strict=True))
 
     def _apply(self, own: slice, columns: Arrays) -> None:
         reason = self._reason[own]
@@ -228,26 +231,33 @@ class _Survey:
         """(rows,) int64: positions among the first tokens of each row."""
         tokens, prompt, positions = self._lengths[rows].astype(np.int64).T
         within: np.ndarray = np.maximum(max_tokens - prompt, 0)
-        (masked,) = np.nonzero((tokens > prompt + positions) & (within > 0))
-        part = self._part_of(rows[masked])
-
-        def count(some: np.ndarray, of_part: int) -> None:
-            first = self._start[of_part]
-            lengths = self._lengths[first : self._start[of_part + 1], 0]
-            token_start = np.cumsum(lengths, dtype=np.int64) - lengths
-            begin = token_start[rows[some] - first]
-            spans = zip(begin + prompt[some], begin + max_tokens, strict=True)
-            shard = self._cache.shard(self._commits[of_part])
-            scored = shard.read_ranges([("scored", int(low), int(high)) for low, high in spans])
-            within[some] = [np.count_nonzero(array) for array in scored]
-
-        jobs = []
-        for of_part in np.unique(part).tolist():
-            own = masked[part == of_part]
-            jobs += [(own[at : at + SPANS], of_part) for at in range(0, len(own), SPANS)]
-        with ThreadPoolExecutor(self._threads) as pool:
-            list(pool.map(lambda job: count(*job), jobs))
+        is_masked = (tokens > prompt + positions) & (within > 0)
+        within[is_masked] = self._counted(rows[is_masked], max_tokens)
         return within
+
+    def _counted(self, rows: np.ndarray, max_tokens: int) -> np.ndarray:
+        """(rows,) int64: scored ones among the first tokens of each row, by its shard's mask."""
+        part, spans = self._part_of(rows), self._spans(rows, max_tokens)
+        at = rows - self._start[part]
+        own = {of: np.flatnonzero(part == of) for of in np.unique(part).tolist()}
+        jobs: list[tuple[int, np.ndarray]] = []
+        for of, some in own.items():
+            new = some[self._shards.counted(of)[at[some]] == UNCOUNTED]
+            jobs += [(of, new[i : i + SPANS]) for i in range(0, len(new), SPANS)]
+        with ThreadPoolExecutor(self._threads) as pool:
+            list(pool.map(lambda job: self._shards.count(job[0], at[job[1]], spans[job[1]]), jobs))
+        found = np.empty(len(rows), np.int64)
+        for of, some in own.items():
+            found[some] = self._shards.counted(of)[at[some]]
+        return found
+
+    def _spans(self, rows: np.ndarray, max_tokens: int) -> np.ndarray:
+        """(rows, 2) int64: where the completion of each row begins among the tokens of its shard,
+        and its first tokens end."""
+        ends = np.cumsum(self._lengths[:, 0], dtype=np.int64)
+        starts = ends - self._lengths[:, 0]
+        start = starts[rows] - starts[self._start[self._part_of(rows)]]
+        return np.stack([start + self._lengths[rows, 1], start + max_tokens], axis=1)
 
     def _part_of(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._start, rows, side="right") - 1

@@ -11,7 +11,7 @@ from stillroom.replay.feed import Feed
 from stillroom.replay.place import Place
 from stillroom.replay.step import Position
 
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 HISTORY = 8
 """Snapshots of each cache that a state remembers, the newest."""
 ROWS = ("snapshot", "selection")
@@ -51,6 +51,7 @@ def state_of(
         "group_rows": config.group_rows,
         "last_batch": config.last_batch,
         "lag_half_life": config.lag_half_life,
+        "weight_column": config.weight_column,
         "step": position.step,
         "drawn": position.drawn,
         "epoch_ended": position.epoch_ended,

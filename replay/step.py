@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Feed, Unit
-from stillroom.replay.mix import drawn
+from stillroom.replay.mix import drawn, shares_of_units
 from stillroom.replay.packing import balance, deal, num_micro_batches
 from stillroom.replay.place import Place, Span, after_steps, next_step
 
@@ -78,7 +78,7 @@ class Planner:
 
     Args:
         feeds: the sources.
-        shares: of each, whole numbers.
+        shares: of the rows that each gives, whole numbers.
         config: the stream's settings.
         rank: this process.
         world: number of processes.
@@ -95,9 +95,15 @@ class Planner:
         one_row: bool,
     ) -> None:
         """Plan nothing yet."""
-        self.feeds, self._shares, self._config = tuple(feeds), shares, config
+        self._shares, self._config = shares, config
         self._rank, self._world, self._most = rank, world, 1 if one_row else None
         self._batch = config.batch_rows // config.group_rows
+        self.read_from(feeds)
+
+    def read_from(self, feeds: Sequence[Feed]) -> None:
+        """Plan the next steps with these feeds."""
+        self.feeds = tuple(feeds)
+        self._unit_shares = shares_of_units(self._shares, [feed.unit_rows for feed in feeds])
 
     def next(self, at: Position) -> tuple[Step, Position]:
         """The step at a position, and the position after it."""
@@ -121,7 +127,7 @@ class Planner:
     def spans(self, at: Position) -> tuple[list[list[Span]], Position]:
         """What a step takes of each feed, and the position after it."""
         total = at.drawn + self._batch
-        before, until = drawn(at.drawn, self._shares), drawn(total, self._shares)
+        before, until = (drawn(units, self._unit_shares) for units in (at.drawn, total))
         spans, places = [], []
         for feed, place, start, stop in zip(self.feeds, at.places, before, until, strict=True):
             own, after = next_step(place, stop - start, feed.units_in, self._config.last_batch)
@@ -141,7 +147,7 @@ class Planner:
 
     def _far(self, at: Position, steps: int) -> Position:
         total, last = at.drawn + steps * self._batch, self._config.last_batch
-        before, until = drawn(at.drawn, self._shares), drawn(total, self._shares)
+        before, until = (drawn(units, self._unit_shares) for units in (at.drawn, total))
         places = []
         for feed, place, start, stop in zip(self.feeds, at.places, before, until, strict=True):
             strides = (1, stop - start) if last == "carry" else (steps, self._batch)

@@ -6,13 +6,15 @@ next, also on another number of ranks or with another batch size.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from stillroom.cache.errors import (
     ConfigError,
     ForkedError,
+    InputError,
     StillroomError,
     StorageError,
 )
@@ -45,6 +47,8 @@ class ReplayStream:
         agree: how ranks agree on newer snapshots; None for torch.distributed.
         stride: takes one step and passes over the next stride - 1, unread: so many streams, each
             skipped to a step of its own, share the steps.
+        say: is told what is not replayed, if anything is not, and again where newer snapshots
+            change that; None tells nobody.
 
     Raises:
         InputError: a snapshot is empty, nothing is left of it, a row is longer than a micro-batch,
@@ -64,6 +68,7 @@ class ReplayStream:
         empty: Empty | None = None,
         agree: Agree | None = None,
         stride: int = 1,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         """Choose rows; none is read yet, unless a filter needs columns."""
         sources = [sources] if isinstance(sources, Source) else list(sources)
@@ -76,7 +81,8 @@ class ReplayStream:
         self._follow = config.follow_every_steps
         self._agree = agree or (agree_among(world) if self._follow else None)
         self._shares = shares([source.weight for source in sources])
-        made = Recycler(config.cached_bytes + (0 if empty else config.ahead_bytes)).empty
+        self._recycler = Recycler(config.cached_bytes + (0 if empty else config.ahead_bytes))
+        made = self._recycler.empty
         self._planner = Planner(
             [Feed(source, number, config, made) for number, source in enumerate(sources)],
             self._shares,
@@ -93,7 +99,15 @@ class ReplayStream:
         check_same_on_ranks(self._what_ranks_share(), world)
         remote = not all(source.cache.storage.is_local for source in sources)
         threads = config.read_threads(remote)
-        self._ahead = Prefetch(config.cached_bytes, config.ahead_bytes, threads, empty or made)
+        self._ahead = Prefetch(
+            partial(_plan, self._planner, stride),
+            config.cached_bytes,
+            config.ahead_bytes,
+            threads,
+            empty or made,
+        )
+        self._say, self._said = say, ""
+        self._tell()
 
     def _what_ranks_share(self) -> dict[str, Any]:
         config = self._config
@@ -113,6 +127,17 @@ class ReplayStream:
     def snapshots(self) -> list[str]:
         """Ids of the snapshots that are read now."""
         return [feed.source.snapshot.id for feed in self.feeds]
+
+    @property
+    def missing(self) -> str:
+        """What is not replayed now, for a person; empty if every row is, whole. The counts are in
+        `feeds[i].selection`."""
+        several = len(self.feeds) > 1
+        return "; ".join(
+            f"{feed.source.cache.storage.root}: {missing}" if several else missing
+            for feed in self.feeds
+            if (missing := feed.selection.missing)
+        )
 
     @property
     def open_bytes(self) -> int:
@@ -166,7 +191,7 @@ class ReplayStream:
         """
         self._check_usable()
         self._adopt()
-        batch, self._position = self._ahead.take(self._plan, self._position)
+        batch, self._position = self._ahead.take(self._position)
         return batch
 
     def skip(self, steps: int) -> None:
@@ -184,9 +209,11 @@ class ReplayStream:
             self._position = self._planner.after(self._position, steps)
 
     def close(self) -> None:
-        """End the threads; the stream gives nothing any more. In a fork, do nothing."""
+        """End the threads and let go of memory; the stream gives nothing any more. In a fork, do
+        nothing."""
         if os.getpid() == self._pid:
             self._ahead.close()
+            self._recycler.clear()
 
     def __enter__(self) -> "ReplayStream":
         """Close at the end of the block."""
@@ -209,11 +236,6 @@ class ReplayStream:
         if self._ahead.closed:
             raise ConfigError("stream", "an open stream", "a closed one", "Open another one.")
 
-    def _plan(self, at: Position) -> tuple[Step, Position]:
-        """The step at a position, with the snapshots of now."""
-        step, after = self._planner.next(at)
-        return step, self._planner.after(after, self._stride - 1) if self._stride > 1 else after
-
     def _due(self, at: Position) -> bool:
         """Whether newer commits are looked for before the step at a position."""
         if not self._follow or at.step == self._looked_at:
@@ -223,9 +245,9 @@ class ReplayStream:
     def _adopt(self) -> None:
         """Take up newer snapshots, if it is time to look and there are any.
 
-        Where the storage fails, which may be on one rank alone, the next call opens what was agreed
-        without asking the others again. Where the snapshot is at fault, it is so on all ranks, and
-        they ask anew."""
+        What a rank may meet alone, such as a failing storage or a shard that it does not find, has
+        its next call open what was agreed without asking the others, who went on. What follows from
+        the snapshot and the settings alone is an error on all ranks, and they ask anew."""
         if not self._due(self._position):
             return
         assert self._agree is not None
@@ -235,10 +257,10 @@ class ReplayStream:
             self._agreed = at, self._agree(lambda: newest_snapshots(caches))
         try:
             self._take_up(self._agreed[1])
-        except StorageError:
-            raise
-        except StillroomError:
-            self._agreed = None
+        except StillroomError as error:
+            alone = self._world == 1 and not isinstance(error, StorageError)
+            if alone or isinstance(error, InputError):
+                self._agreed = None
             raise
 
     def _take_up(self, newest: Sequence[str]) -> None:
@@ -260,9 +282,24 @@ class ReplayStream:
     ) -> None:
         """Read other snapshots from now on."""
         self._ahead.drop()
-        self._planner.feeds = tuple(feeds)
+        self._planner.read_from(feeds)
         self._position, self._history = position, list(history)
         self._ahead.forget_all_but(self.feeds)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Say what is not replayed, where that is not what was said last."""
+        missing = self.missing
+        if self._say is not None and missing != self._said:
+            self._say(missing or "every row is replayed now")
+        self._said = missing
+
+
+def _plan(planner: Planner, stride: int, at: Position) -> tuple[Step, Position]:
+    """The step at a position, with the snapshots of now, and the position after those that are
+    passed over."""
+    step, after = planner.next(at)
+    return step, planner.after(after, stride - 1) if stride > 1 else after
 
 
 def _followed(feed: Feed, snapshot: str) -> Feed:

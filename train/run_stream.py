@@ -63,15 +63,16 @@ class RunStream:
         device = student.model.device
         self._stream = ReplayStream(
             Source(self._cache, snapshot),
-            stream_config(config.replay, student, device, say),
+            stream_config(config.replay, student, device, say, bf16=config.bf16),
             rank=self._rank,
             world=self._world,
             one_row=not student.packs,
             vocab_size=vocab_size,
             empty=empty_for(device),
             agree=self._agree() if config.replay.follow_every_steps else None,
+            say=lambda missing: say(f"  {missing}"),
         )
-        _describe(self._stream, config.replay, say)
+        _warn_of_rereads(self._stream, config.replay, say)
         return self._stream
 
     def keep(self, *more: str) -> None:
@@ -97,24 +98,29 @@ class RunStream:
 
 
 def stream_config(
-    replay: StreamConfig, student: Student, device: torch.device, say: Callable[[str], None]
+    replay: StreamConfig,
+    student: Student,
+    device: torch.device,
+    say: Callable[[str], None],
+    *,
+    bf16: bool,
 ) -> StreamConfig:
-    """The settings of replay, with prompts shared where that is wanted and possible."""
+    """The settings of replay, with prompts shared where that is wanted and possible; unless it was
+    said, on a CPU in float32 only, where gradients are the same to 1e-5."""
     if not student.packs:
         say(f"  one row a micro-batch: {student.why_one_row}")
     share = replay.share_prompts
     if share is None:
-        share = replay.group_rows > 1 and device.type == "cpu"
+        share = replay.group_rows > 1 and device.type == "cpu" and not bf16
     if share and not student.shares:
         say(f"  prompts are not shared: {student.why_unshared}")
     return replace(replay, share_prompts=share and student.shares)
 
 
-def _describe(stream: ReplayStream, replay: StreamConfig, say: Callable[[str], None]) -> None:
-    """Say which rows are not replayed, and whether blocks do not fit in memory."""
-    (feed,) = stream.feeds
-    if feed.selection.missing:
-        say(f"  {feed.selection.missing}")
+def _warn_of_rereads(
+    stream: ReplayStream, replay: StreamConfig, say: Callable[[str], None]
+) -> None:
+    """Say whether blocks do not fit in memory."""
     if stream.open_bytes > replay.cached_bytes:
         say(
             "  blocks are decoded several times an epoch: "

@@ -57,6 +57,20 @@ def test_no_more_is_let_go_than_a_new_array_takes() -> None:
     assert recycler.bytes >= 7 * LEAST_BYTES
 
 
+def test_after_clearing_it_holds_nothing_and_arrays_stay() -> None:
+    recycler = Recycler(1 << 30)
+    kept = recycler.empty(LARGE, np.uint32)
+    kept[:] = 7
+    recycler.empty((LEAST_BYTES,), np.uint8)
+    recycler.clear()
+    assert recycler.bytes == 0
+    made = recycler.empty(LARGE, np.uint32)
+    made[:] = 8
+    assert address(made) != address(kept)
+    assert (kept == 7).all()
+    assert recycler.bytes == made.nbytes
+
+
 def test_buffers_in_use_are_not_looked_through_for_every_array(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from stillroom.cache.errors import CorruptError, MismatchError
 from stillroom.cache.store import Cache
-from stillroom.replay.config import StreamConfig
+from stillroom.replay.config import AT_EPOCH_END, StreamConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.follow import agree_by_torch
 from stillroom.replay.stream import ReplayStream
@@ -50,6 +50,19 @@ def opened_differently(source: Source, config: StreamConfig, rank: int, world: i
     return "nothing"
 
 
+def read(stream: ReplayStream, steps: int, adoptions: int) -> list[dict[str, Any]]:
+    """What a rank gets in so many steps, and as many more as these adoptions take."""
+    log: list[dict[str, Any]] = []
+    followed: list[str] = []
+    while len(log) < steps or len(followed) <= adoptions:
+        state = stream.state_dict()
+        batch = record(stream.next_batch())
+        log.append({"state": state, "snapshot": stream.snapshots[0], "batch": batch})
+        followed += [new for new in stream.snapshots if new not in followed]
+        time.sleep(0.01)
+    return log
+
+
 def main() -> None:
     """Arguments: root, snapshot, folder for what comes out, settings as JSON, rank, world, steps
     and adoptions to be made at least."""
@@ -61,17 +74,11 @@ def main() -> None:
     source = Source(cache, cache.open_snapshot(snapshot))
     config = StreamConfig(**json.loads(settings))
     refused = opened_differently(source, config, rank, world)
-    stream = ReplayStream(source, config, rank=rank, world=world)
-    log: list[dict[str, Any]] = []
-    followed: list[str] = []
-    while len(log) < steps or len(followed) <= adoptions:
-        state = stream.state_dict()
-        batch = record(stream.next_batch())
-        log.append({"state": state, "snapshot": stream.snapshots[0], "batch": batch})
-        followed += [new for new in stream.snapshots if new not in followed]
-        time.sleep(0.01)
+    log = read(ReplayStream(source, config, rank=rank, world=world), steps, adoptions)
+    at_ends = replace(config, follow_every_steps=AT_EPOCH_END)
+    epochs = read(ReplayStream(source, at_ends, rank=rank, world=world), 0, 2)
     errors = [caught(error) for error in (BROKEN, threading.ThreadError())]
-    found = {"log": log, "errors": errors, "refused": refused}
+    found = {"log": log, "epochs": epochs, "errors": errors, "refused": refused}
     Path(folder, f"rank-{rank}").write_bytes(pickle.dumps(found))
     # Taking the process group down can hang: gloo's thread waits for the GIL that its joiner holds.
     os._exit(0)

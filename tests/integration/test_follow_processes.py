@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ ADOPTIONS = 3
 TIMEOUT_S = 120
 HERE = Path(__file__).parent
 
+NAMES = ("log", "epochs", "errors", "refused")
+"""What a reader leaves."""
 Log = list[dict[str, Any]]
 """What a rank got: by step the state before it, the snapshot, and a record of the batch."""
 
@@ -67,6 +70,8 @@ class Got:
     cache: Cache
     logs: list[Log]
     """Of each rank."""
+    epochs: list[Log]
+    """Of each rank, where it follows at the end of every epoch."""
     errors: list[list[str]]
     """What each rank saw of errors that rank 0 met."""
     refused: list[str]
@@ -87,7 +92,7 @@ def read_while_written(folder: Path, world: int) -> Got:
         _, error = writer.communicate(timeout=TIMEOUT_S)
         assert writer.returncode == 0, error.decode()
     found = [pickle.loads((folder / f"rank-{r}").read_bytes()) for r in range(world)]
-    return Got(cache, *([one[name] for one in found] for name in ("log", "errors", "refused")))
+    return Got(cache, *([one[name] for one in found] for name in NAMES))
 
 
 def _wait_for_readers(common: tuple[object, ...], world: int, rank: int = 0) -> None:
@@ -108,9 +113,13 @@ def got(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_all_readers_agree_on_every_batch(got: Got) -> None:
-    logs = got.logs
+    assert_all_agree(got.logs)
+    assert len(got.logs[0]) >= STEPS
+
+
+def assert_all_agree(logs: list[Log]) -> None:
+    """Every step is of one snapshot and state, and its rows are dealt to the ranks."""
     assert len({len(log) for log in logs}) == 1
-    assert len(logs[0]) >= STEPS
     for step, entries in enumerate(zip(*logs, strict=True)):
         batches: list[Record] = [entry["batch"] for entry in entries]
         assert len({entry["snapshot"] for entry in entries}) == 1, step
@@ -129,6 +138,20 @@ def test_newer_snapshots_are_taken_up_at_the_boundaries(got: Got) -> None:
     assert len(changes) >= ADOPTIONS
     assert all(step % EVERY == 0 for step in changes)
     assert all(log[step]["batch"].first == 0 for step in changes)
+
+
+def test_newer_snapshots_are_taken_up_at_the_ends_of_epochs(got: Got) -> None:
+    assert_all_agree(got.epochs)
+    changes, left = 0, read_snapshot(got.cache.storage, got.epochs[0][0]["snapshot"]).rows
+    for before, after in pairwise(got.epochs[0]):
+        left -= len(before["batch"].rows)
+        if after["snapshot"] != before["snapshot"]:
+            changes += 1
+            assert left == 0, "the epoch before was read to its end"
+            assert after["batch"].first == 0
+        if after["batch"].first == 0:
+            left = read_snapshot(got.cache.storage, after["snapshot"]).rows
+    assert changes == 2
 
 
 def test_parts_come_and_leave_with_their_snapshots(got: Got) -> None:

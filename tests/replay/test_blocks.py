@@ -110,8 +110,12 @@ def test_the_bound_is_kept_but_for_what_is_wanted_at_once(
 ) -> None:
     blocks = make(reader, pool, 10)
     assert blocks.fits({9})
+    assert blocks.fits({20, 30}), "nothing is in use, and later there is no more room"
+    blocks.want({0})
+    assert blocks.get(0) == "0"
     assert blocks.fits({4, 3})
     assert not blocks.fits({4, 5})
+    blocks.release({0})
     blocks.want({20, 30})
     assert blocks.bytes == 21 + 31
     assert not blocks.fits({0})
@@ -248,7 +252,8 @@ def test_any_order_of_wants_and_releases_keeps_the_account(
             taken = sum(map(size, in_use))
             assert blocks._in_use == taken
             assert taken <= blocks.bytes <= max(limit, taken)
-            assert blocks.fits(keys) == (sum(map(size, in_use | keys)) <= limit)
+            together = sum(map(size, in_use | keys))
+            assert blocks.fits(keys) == (not in_use or together <= limit)
         for keys in held:
             blocks.release(keys)
         assert blocks._in_use == 0

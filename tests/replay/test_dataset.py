@@ -8,6 +8,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from stillroom.replay.feed import Source
 from stillroom.replay.row_filter import RowFilter
 from stillroom.replay.stream import ReplayStream
 from stillroom.replay.tensors import Step, step_tensors
+from tests.replay.conftest import add_scored_part
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata
 
@@ -342,6 +344,76 @@ def test_several_caches_are_mixed(scored_cache: Cache, other_cache: Cache) -> No
         assert_same(found, [step_tensors(b) for b in itertools.islice(stream, STEPS)])
     caches = np.concatenate([step["caches"].numpy() for step in found])
     assert np.bincount(caches).tolist() == [36, 18]
+
+
+@pytest.fixture
+def growing(empty_cache: Cache) -> Cache:
+    """A part of 20 rows."""
+    add_scored_part(empty_cache, 0, 0, 20)
+    return empty_cache
+
+
+def test_a_following_dataset_resumes_where_its_first_snapshot_is_gone(growing: Cache) -> None:
+    config = replace(CONFIG, follow_every_steps=2)
+    source = stored(growing)
+    dataset = ReplayDataset(source, config, num_steps=8)
+    assert dataset.snapshots == [source.snapshot]
+    steps = iter(dataset)
+    next(steps)
+    add_scored_part(growing, 1, 1, 9)
+    for _ in range(2):
+        next(steps)
+    newest = growing.snapshot().id
+    assert dataset.snapshots == [newest] != [source.snapshot]
+    state, expected = dataset.state_dict(), list(steps)
+    assert growing.storage.folder is not None
+    (growing.storage.folder / f"snapshots/{source.snapshot}.parquet").unlink()
+    resumed = ReplayDataset(source, config, num_steps=8)
+    resumed.load_state_dict(state)
+    assert resumed.snapshots == [newest]
+    assert_same(iter(resumed), expected)
+    assert resumed.snapshots == [newest]
+
+
+def test_a_state_of_other_sources_is_told_apart_where_they_are_followed(growing: Cache) -> None:
+    config = replace(CONFIG, follow_every_steps=2, last_batch="carry")
+    one = ReplayDataset(stored(growing), config)
+    iter(one)
+    two = ReplayDataset([stored(growing), stored(growing)], config)
+    two.load_state_dict(one.state_dict())
+    with pytest.raises(MismatchError, match="expected sources = 2; got sources = 1"):
+        iter(two)
+
+
+@pytest.mark.parametrize("over_long", ["skip", "truncate"])
+def test_what_is_not_replayed_is_said(
+    growing: Cache, over_long: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(CONFIG, max_tokens=9, over_long=over_long, follow_every_steps=1)
+    dataset = ReplayDataset(stored(growing), config)
+    assert dataset.missing == ""
+    steps = iter(dataset)
+    assert re.search("by over_long$" if over_long == "skip" else "truncated$", dataset.missing)
+    said = [f"  replay: {dataset.missing}\n"]
+    next(steps)
+    add_scored_part(growing, 1, 1, 30)
+    next(steps)
+    said.append(f"  replay: {dataset.missing}\n")
+    assert capfd.readouterr().err == "".join(said)
+    iter(ReplayDataset(stored(growing), replace(config, follow_every_steps=0), rank=1, world=2))
+    assert capfd.readouterr().err == "", "rank 0 said it"
+
+
+def test_what_is_not_replayed_is_said_by_one_worker(
+    growing: Cache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Workers write to the stream that their server began with: here they are of this process."""
+    config = replace(CONFIG, max_tokens=9, over_long="skip")
+    for worker in range(2):
+        info = SimpleNamespace(id=worker, num_workers=2)
+        monkeypatch.setattr(dataset_module, "get_worker_info", lambda info=info: info)
+        next(iter(ReplayDataset(stored(growing), config, num_steps=4)))
+        assert capsys.readouterr().err.count(" by over_long\n") == (worker == 0)
 
 
 def test_workers_share_memory_and_threads(scored_cache: Cache) -> None:

@@ -83,12 +83,24 @@ def test_fewer_rows_of_older_policies_come(empty_cache: Cache, last_batch: str) 
         add_scored_part(empty_cache, version, version, 15)
     policy = np.repeat(np.arange(4), 15)
     stream = stream_of(empty_cache, lag_half_life=1.0, last_batch=last_batch)
-    wanted = [kept_rows(policy, 3, epoch, 1.0, np.arange(60)).tolist() for epoch in range(6)]
+    wanted = [kept_rows(policy, 3, epoch, 1.0, np.arange(60), 3).tolist() for epoch in range(6)]
     assert len(set(map(len, wanted))) > 1, "epochs of different lengths"
     found = rows_in(take(stream, 40))
     for of_epoch in wanted:
         assert sorted(found[: len(of_epoch)]) == of_epoch
         found = found[len(of_epoch) :]
+
+
+def test_lags_are_counted_from_the_snapshot_s_newest_policy(empty_cache: Cache) -> None:
+    """Which the filter leaves out, as for `max_lag`."""
+    add_scored_part(empty_cache, 0, 0, 40)
+    add_scored_part(empty_cache, 3, 1, 5)
+    policy, old = np.zeros(40, int), RowFilter(max_policy_version=0)
+    with stream_of(empty_cache, lag_half_life=1.0, rows=old) as stream:
+        (feed,) = stream.feeds
+        sizes = [feed.units_in(epoch) for epoch in range(50)]
+    assert sizes == [len(kept_rows(policy, 3, e, 1.0, np.arange(40), 3)) for e in range(50)]
+    assert 4 < np.mean(sizes) < 6, "an eighth of them"
 
 
 def test_units_are_thinned_whole(empty_cache: Cache) -> None:

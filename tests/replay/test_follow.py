@@ -12,21 +12,21 @@ import pytest
 
 from stillroom.cache.commits import attempt_path, commit_path
 from stillroom.cache.errors import (
-    ConfigError,
     CorruptError,
     InputError,
     MismatchError,
     MissingError,
-    StorageError,
 )
+from stillroom.cache.shard import Shard
 from stillroom.cache.store import Cache
 from stillroom.cache.zarr_layout import OBJECT_NAME
 from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
-from stillroom.replay.follow import agree_alone, agree_among, newest_snapshots
+from stillroom.replay.follow import newest_snapshots
+from stillroom.replay.row_filter import RowFilter
 from stillroom.replay.stream import ReplayStream
 from stillroom.replay.testing_record import Record, record
-from tests.replay.conftest import add_scored_part
+from tests.replay.conftest import add_grouped_part, add_scored_part
 
 CONFIG = StreamConfig(batch_rows=4, max_tokens=40, block_rows=4, window_rows=5, seed=3)
 EVERY = 3
@@ -199,6 +199,116 @@ def test_a_state_of_another_cache_is_told_by_its_identity(
         follow().load_state_dict(state)
 
 
+def test_a_newer_snapshot_is_read_only_where_it_is_new(
+    cache: Cache, follow: Follow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What rows are chosen by: columns, and the masks of truncated rows."""
+    read: list[str] = []
+    read_ranges = Shard.read_ranges
+
+    def noted(shard: Shard, wanted: Any) -> Any:
+        read.append(shard.commit.part)
+        return read_ranges(shard, wanted)
+
+    monkeypatch.setattr(Shard, "read_ranges", noted)
+    settings: dict[str, Any] = {
+        "rows": RowFilter(max_lag=5, ranges={"x_weight": (0, None)}),
+        "lag_half_life": 2.0,
+        "max_tokens": 7,
+        "over_long": "truncate",
+        "follow_every_steps": 1,
+    }
+    stream = follow(**settings)
+    assert set(read) == set(cache.parts())
+    stream.skip(1)
+    for unit in (2, 3):
+        new = add_scored_part(cache, 1, unit, 9)
+        cache.retire(cache.parts()[0], "old")
+        read.clear()
+        stream.skip(1)
+        assert len(read) == 2, "its columns, and its masks"
+        assert set(read) == {new}
+        (feed,) = stream.feeds
+        (other,) = follow(**settings).feeds
+        assert feed.selection.digest == other.selection.digest
+        assert set(feed._known) == {commit.digest() for commit in feed.source.snapshot.commits}
+
+
+def test_a_stream_that_does_not_follow_keeps_no_columns(cache: Cache) -> None:
+    with plain(cache, cache.snapshot().id, rows=RowFilter(max_lag=5)) as stream:
+        assert not stream.feeds[0]._known
+
+
+def test_shares_of_rows_change_with_what_is_taken_up(cache: Cache, tmp_path: Path) -> None:
+    """A cache of single rows goes on as one of groups: their shares of the rows stay."""
+    other = Cache.create(tmp_path / "other", cache.identity)
+    add_scored_part(other, 0, 0, 20)
+    config = replace(CONFIG, follow_every_steps=4, last_batch="carry", batch_rows=40, group_rows=10)
+    sources = [Source(one, one.snapshot()) for one in (cache, other)]
+    found, states = [], []
+    with ReplayStream(sources, config) as stream:
+        for step in range(16):
+            if step == 4:
+                add_grouped_part(cache, 0, 2, prompts=8, samples=10)
+                for part in cache.parts()[:2]:
+                    cache.retire(part, "old")
+            states.append(stream.state_dict())
+            found.append(stream.next_batch())
+    counts = [batch.caches.count(0) for batch in found]
+    assert counts[:4] == [2] * 4
+    rows = [len(batch.rows) for batch in found[8:]]
+    assert abs(sum(counts[8:]) - sum(rows) / 2) <= 10
+    for step in (3, 7, 10):
+        with ReplayStream(sources, config) as resumed:
+            resumed.load_state_dict(states[step])
+            again = [resumed.next_batch() for _ in range(2)]
+        assert [b.rows for b in again] == [b.rows for b in found[step : step + 2]]
+
+
+def test_what_is_not_replayed_is_said_again_where_it_changes(cache: Cache) -> None:
+    said: list[str] = []
+    config = replace(CONFIG, follow_every_steps=1, max_tokens=9, over_long="skip")
+    with ReplayStream(Source(cache, cache.snapshot()), config, say=said.append) as stream:
+        assert said == [stream.missing]
+        stream.skip(2)
+        assert len(said) == 1, "nothing is new"
+        add_scored_part(cache, 1, 2, 9)
+        stream.skip(1)
+        assert said == [said[0], stream.missing]
+        counts = [stream.feeds[0].selection.left_out["over_long"]]
+        assert said[1] == f"rows left out: {counts[0]} by over_long"
+        assert said[0] != said[1]
+        short = add_short_part(cache)
+        for part in cache.parts():
+            if part != short:
+                cache.retire(part, "old")
+        stream.skip(1)
+        assert said[2:] == ["every row is replayed now"]
+        assert stream.missing == ""
+
+
+def add_short_part(cache: Cache) -> str:
+    """A part whose rows all fit."""
+    for unit in range(10, 1000):
+        name = add_scored_part(cache, 1, unit, 4)
+        if cache.commit_of(name).row_lengths()[:, 0].max() <= 9:
+            return name
+        cache.retire(name, "long")
+    raise AssertionError("no such part")
+
+
+def test_what_is_not_replayed_of_several_caches_is_said_by_name(
+    cache: Cache, other_cache: Cache
+) -> None:
+    said: list[str] = []
+    config = replace(CONFIG, last_batch="carry")
+    few = RowFilter(min_tokens=9)
+    sources = [Source(cache, cache.snapshot()), Source(other_cache, other_cache.snapshot(), 1, few)]
+    with ReplayStream(sources, config, say=said.append) as stream:
+        count = stream.feeds[1].selection.left_out["min_tokens"]
+    assert said == [f"{other_cache.storage.root}: rows left out: {count} by min_tokens"]
+
+
 def test_a_state_s_snapshot_below_the_batch_is_refused(cache: Cache, follow: Follow) -> None:
     small = follow()
     state = small.state_dict()
@@ -275,82 +385,6 @@ def test_a_state_remembers_the_newest_snapshots(cache: Cache, follow: Follow) ->
     assert resumed.state_dict() == state
 
 
-class Together:
-    """Ranks of one process agree: the first that comes chooses, and the others get the same."""
-
-    def __init__(self) -> None:
-        """Nothing is chosen."""
-        self.chosen: list[Any] = []
-
-    def rank(self) -> Callable[[Callable[[], Any]], Any]:
-        """What one rank agrees by."""
-        count = 0
-
-        def agree(choose: Callable[[], Any]) -> Any:
-            nonlocal count
-            if count == len(self.chosen):
-                try:
-                    self.chosen.append(choose())
-                except CorruptError as error:
-                    self.chosen.append(error)
-            count += 1
-            if isinstance(self.chosen[count - 1], Exception):
-                raise self.chosen[count - 1]
-            return self.chosen[count - 1]
-
-        return agree
-
-
-def ranks_of(cache: Cache, world: int) -> list[ReplayStream]:
-    """Streams of all ranks, in this process."""
-    together = Together()
-    source = Source(cache, cache.snapshot())
-    config = replace(CONFIG, follow_every_steps=EVERY)
-    return [
-        ReplayStream(source, config, rank=rank, world=world, agree=together.rank())
-        for rank in range(world)
-    ]
-
-
-def test_all_ranks_take_up_what_one_of_them_chose(cache: Cache) -> None:
-    ranks = ranks_of(cache, 3)
-    add_scored_part(cache, 1, 2, 5)
-    for step in range(3 * EVERY):
-        found = []
-        for stream in ranks:
-            found += take(stream, 1)
-            if step % EVERY == 0:
-                add_scored_part(cache, 1, 1000 + 100 * step + len(found), 3)
-        assert len({(batch.rows, batch.num_positions, batch.epoch) for batch in found}) == 1
-        assert sorted(row for b in found for _, row, _ in b.held) == sorted(found[0].rows)
-        assert len({tuple(stream.snapshots) for stream in ranks}) == 1
-    assert [step for step, _ in history(ranks[0])] == [0, 3, 6]
-
-
-def test_a_damaged_commit_is_an_error_on_all_ranks(cache: Cache) -> None:
-    ranks = ranks_of(cache, 2)
-    part = add_scored_part(cache, 1, 2, 5)
-    (cache.storage.folder / commit_path(part, 0)).write_bytes(b"no commit")
-    for stream in ranks:
-        take(stream, EVERY)
-        with pytest.raises(CorruptError, match=part):
-            stream.next_batch()
-
-
-def test_several_ranks_need_a_way_to_agree(cache: Cache) -> None:
-    source = Source(cache, cache.snapshot())
-    config = replace(CONFIG, follow_every_steps=1)
-    with pytest.raises(ConfigError, match="a process group of 2 ranks; got 0"):
-        ReplayStream(source, config, rank=1, world=2)
-    ReplayStream(source, config, rank=1, world=2, agree=agree_alone).close()
-    ReplayStream(source, replace(CONFIG, follow_every_steps=0), rank=1, world=2).close()
-
-
-def test_one_rank_agrees_with_itself() -> None:
-    assert agree_among(1) is agree_alone
-    assert agree_alone(lambda: 3) == 3
-
-
 def test_the_newest_snapshot_is_of_all_that_is_scored_and_not_retired(cache: Cache) -> None:
     cache.retire(cache.parts()[0], "old")
     (found,) = newest_snapshots([cache])
@@ -387,33 +421,6 @@ def test_snapshots_that_were_left_are_forgotten(cache: Cache, follow: Follow) ->
     gc.collect()
     assert sum(feed() is not None for feed in feeds) <= 1
     assert {feed for feed, _ in stream._ahead._blocks._held} == set(stream.feeds)
-
-
-def test_a_rank_whose_storage_failed_opens_what_was_agreed_without_asking_again(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-
-    def agree(choose: Callable[[], Any]) -> Any:
-        asked.append(choose())
-        return asked[-1]
-
-    config = replace(CONFIG, follow_every_steps=1)
-    stream = ReplayStream(Source(cache, cache.snapshot()), config, agree=agree)
-    stream.next_batch()
-    add_scored_part(cache, 0, 2, 5)
-    with monkeypatch.context() as patch:
-        failure = StorageError("here", "an answer", "none", "Wait.")
-        patch.setattr(Cache, "open_snapshot", lambda *_: (_ for _ in ()).throw(failure))
-        for _ in range(2):
-            with pytest.raises(StorageError):
-                stream.next_batch()
-    add_scored_part(cache, 0, 3, 5)
-    batch = stream.next_batch()
-    assert len(asked) == 1
-    assert [stream.snapshots] == asked
-    assert (batch.epoch, batch.first) == (1, 0)
-    stream.close()
 
 
 def test_a_larger_batch_after_resuming_does_not_end_a_carried_epoch(

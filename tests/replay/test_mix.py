@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stillroom.cache.errors import ConfigError
-from stillroom.replay.mix import SCALE, drawn, shares
+from stillroom.replay.mix import SCALE, drawn, shares, shares_of_units
 
 share_lists = st.lists(st.integers(1, 2**33), min_size=1, max_size=6)
 
@@ -53,6 +53,22 @@ def test_weights_may_be_of_any_size(scale: float) -> None:
     assert shares([scale]) == [SCALE]
     assert shares([scale, scale]) == [SCALE // 2] * 2
     assert shares([1.7e308] * 4) == [SCALE // 4] * 4
+
+
+@given(share_lists, st.data())
+def test_units_of_several_rows_are_drawn_less_often(share: list[int], data: st.DataObject) -> None:
+    sizes = st.fractions(min_value=1, max_value=9, max_denominator=50)
+    rows = [data.draw(sizes) for _ in share]
+    found = shares_of_units(share, rows)
+    of_rows = [own * size for own, size in zip(found, rows, strict=True)]
+    assert [own * sum(share) for own in of_rows] == [own * sum(of_rows) for own in share]
+
+
+@given(share_lists, st.integers(0, 10**12))
+def test_units_of_one_row_are_drawn_as_rows(share: list[int], draws: int) -> None:
+    assert shares_of_units(share, [Fraction(1)] * len(share)) == share
+    equal = shares_of_units(share, [Fraction(7, 2)] * len(share))
+    assert drawn(draws, equal) == drawn(draws, share)
 
 
 def test_three_to_one_is_exact_over_every_four() -> None:

@@ -17,7 +17,7 @@ from stillroom.replay.feed import Source
 from stillroom.replay.row_filter import RowFilter
 from stillroom.replay.stream import ReplayStream
 from stillroom.replay.testing_record import record
-from tests.replay.conftest import IDENTITY, add_scored_part
+from tests.replay.conftest import IDENTITY, add_grouped_part, add_scored_part
 
 CONFIG = StreamConfig(
     batch_rows=6, max_tokens=60, block_rows=4, window_rows=5, seed=3, last_batch="carry"
@@ -79,6 +79,18 @@ def test_shares_are_exact_over_any_prefix(
         for cache, weight in enumerate(weights):
             exact = counts.total() * weight / sum(weights)
             assert abs(counts[cache] - exact) < len(weights)
+
+
+def test_groups_of_one_cache_and_single_rows_of_another_have_equal_shares(tmp_path: Path) -> None:
+    made = [Cache.create(tmp_path / name, IDENTITY) for name in "ab"]
+    add_grouped_part(made[0], 0, 0, prompts=20, samples=4)
+    add_scored_part(made[1], 0, 1, 40)
+    stream = mix(made, (0.5, 0.5), batch_rows=16, group_rows=4)
+    counts: Counter[int] = Counter()
+    for batch in take(stream, 40):
+        counts.update(batch.caches)
+        assert abs(counts[0] - counts[1]) <= 8
+    assert counts.total() > 200
 
 
 def test_each_cache_has_epochs_of_its_own(three: list[Cache]) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stillroom.cache.errors import ConfigError
+from stillroom.replay import plan as plan_module
 from stillroom.replay.plan import MAX_LANES, Plan, permutation
 from tests.replay import order_quality
 
@@ -158,6 +159,23 @@ def test_no_release_changes_a_long_order(
     rows = order(plan, epoch)
     assert rows[:4] == first
     assert hashlib.sha256(np.array(rows, "<u4").tobytes()).hexdigest()[:32] == sha256
+
+
+def test_plans_in_turn_permute_each_tile_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are in a process: of several caches, or of several streams."""
+    calls: list[tuple[int, ...]] = []
+
+    def counted(size: int, *key: int) -> np.ndarray:
+        calls.append((size, *key))
+        return permutation(size, *key)
+
+    monkeypatch.setattr(plan_module, "permutation", counted)
+    made, tiles = [Plan(64 * 64 * 2, seed, 32, 64) for seed in range(9)], 64 * 2
+    for step in range(128):
+        for plan in made:
+            assert len(plan.rows_of(0, step * 64, (step + 1) * 64)) == 64
+    assert len(calls) == len(made) * (1 + tiles)
+    assert len(set(calls)) == len(calls)
 
 
 @pytest.mark.parametrize("rows", [100, 1000])

@@ -5,12 +5,14 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stillroom.cache.errors import ConfigError
 from stillroom.cache.store import Cache
+from tests.replay.conftest import add_scored_part
 from tests.replay.test_prefetch import open_stream
 
 
@@ -71,3 +73,44 @@ def test_a_program_that_ends_without_closing_ends(scored_cache: Cache) -> None:
     command = [sys.executable, "-c", script, str(scored_cache.storage.root)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")
+
+
+FAILING = """
+import os, sys, time
+from stillroom.cache.store import Cache
+from stillroom.replay.config import StreamConfig
+from stillroom.replay.feed import Source
+from stillroom.replay.reader import RowReader
+from stillroom.replay.stream import ReplayStream
+
+log, read = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND), RowReader.read
+
+def slow(reader, block):
+    os.write(log, b"r")
+    time.sleep(0.2)
+    return read(reader, block)
+
+RowReader.read = slow
+cache = Cache.open(sys.argv[1])
+config = StreamConfig(batch_rows=2, max_tokens=40, block_rows=1, window_rows=5, threads=2)
+stream = ReplayStream(Source(cache, cache.snapshot()), config)
+stream.next_batch()
+os.write(log, b"|")
+raise ArithmeticError("the loss is not finite")
+"""
+
+
+def test_a_program_that_fails_reads_no_more_of_what_is_queued(
+    empty_cache: Cache, tmp_path: Path
+) -> None:
+    """The interpreter waits for threads; they read on for a moment, but not all of the 120 blocks
+    that are on their way."""
+    add_scored_part(empty_cache, 0, 0, 150)
+    command = [sys.executable, "-c", FAILING, str(empty_cache.storage.root), str(tmp_path / "log")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    assert done.stderr.endswith("ArithmeticError: the loss is not finite\n")
+    before, _, after = (tmp_path / "log").read_text().partition("|")
+    assert len(before) >= 2
+    assert len(after) < 40

@@ -10,17 +10,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stillroom.cache.errors import ConfigError, ShapeError
-from stillroom.replay.staleness import kept_rows
+from stillroom.replay.staleness import kept_rows, mean_of_kept
 
 ROWS = 20_000
 POLICIES = st.lists(st.integers(-1, 6), min_size=1, max_size=60).map(np.array)
 
 
-def kept(policy: Any, key: Any = None, *, seed: int = 3, epoch: int = 0, half: Any = 2.0) -> Any:
-    """Indices, as a list."""
+def kept(
+    policy: Any,
+    key: Any = None,
+    *,
+    seed: int = 3,
+    epoch: int = 0,
+    half: Any = 2.0,
+    newest: int | None = None,
+) -> Any:
+    """Indices, as a list; lags are counted from the newest policy given, unless one is named."""
     policy = np.asarray(policy)
     key = np.arange(len(policy)) if key is None else np.asarray(key)
-    return kept_rows(policy, seed, epoch, half, key).tolist()
+    newest = int(policy.max()) if newest is None else newest
+    return kept_rows(policy, seed, epoch, half, key, newest).tolist()
 
 
 def test_without_a_half_life_all_come() -> None:
@@ -75,6 +84,39 @@ def test_a_row_is_decided_alone(policy: np.ndarray, epoch: int, data: st.DataObj
 def test_a_longer_half_life_only_adds(policy: np.ndarray, one: float, other: float) -> None:
     short, long = sorted([one, other])
     assert set(kept(policy, half=short)) <= set(kept(policy, half=long))
+
+
+@given(POLICIES, st.integers(0, 9), st.integers(0, 5))
+def test_lags_are_counted_from_the_newest_policy(policy: np.ndarray, epoch: int, more: int) -> None:
+    """A row of that policy, which is not among them, changes nothing for the others."""
+    newest = int(policy.max()) + more
+    beside = set(kept(np.append(policy, newest), epoch=epoch)) - {len(policy)}
+    found = kept(policy, epoch=epoch, newest=newest)
+    if beside:
+        assert set(found) == beside
+    else:
+        (only,) = found
+        assert max(policy[only], 0) == max(policy.max(), 0), "an unknown policy counts as policy 0"
+
+
+def test_one_row_comes_where_chance_leaves_none() -> None:
+    policy = np.repeat([3, 5], 10)
+    found = [kept(policy, epoch=epoch, half=1.0, newest=60) for epoch in range(40)]
+    assert {len(one) for one in found} == {1}
+    assert {one for (one,) in found} <= set(range(10, 20)), "of the least lag"
+    assert len({one for (one,) in found}) > 5, "another one every time"
+    assert kept([], half=1.0, newest=60) == []
+
+
+def test_a_mean_over_what_comes_is_that_of_many_epochs() -> None:
+    rng = np.random.default_rng(1)
+    policy, value = rng.integers(-1, 5, 400), rng.integers(1, 5, 400)
+    value[policy < 2] += 7
+    counted = [value[kept(policy, epoch=e, half=1.5, newest=6)] for e in range(60)]
+    exact = mean_of_kept(value, policy, 1.5, 6)
+    assert abs(np.concatenate(counted).mean() / exact - 1) < 0.02
+    assert abs(value.mean() / exact - 1) > 0.1
+    assert mean_of_kept(np.ones(400, int), policy, 1.5, 6) == 1
 
 
 def test_an_unknown_policy_is_like_policy_0() -> None:

@@ -24,6 +24,7 @@ ORDER: dict[str, Any] = {
     "group_rows": 2,
     "last_batch": "drop",
     "lag_half_life": 1.5,
+    "weight_column": "x_weight",
 }
 FREE: dict[str, Any] = {
     "batch_rows": 9,

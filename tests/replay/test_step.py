@@ -3,8 +3,10 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +20,14 @@ from stillroom.replay.feed import Feed, Source
 from stillroom.replay.place import Place
 from stillroom.replay.step import Item, Planner, Position, Step
 from stillroom.replay.stream import ReplayStream
-from tests.replay.conftest import IDENTITY, made_up_table, part_meta, score_table
+from tests.replay.conftest import (
+    IDENTITY,
+    add_grouped_part,
+    add_scored_part,
+    made_up_table,
+    part_meta,
+    score_table,
+)
 
 LONGEST = 14
 """Tokens of the longest made-up row, at most."""
@@ -58,10 +67,16 @@ def open_feeds(caches: list[Cache], config: StreamConfig) -> list[Feed]:
 
 
 def plan_steps(
-    feeds: list[Feed], config: StreamConfig, world: int, *, one_row: bool = False, steps: int
+    feeds: list[Feed],
+    config: StreamConfig,
+    world: int,
+    *,
+    one_row: bool = False,
+    steps: int,
+    share: Sequence[int] = (3, 2),
 ) -> list[list[Step]]:
     """The first steps, of every rank."""
-    share = [3, 2][: len(feeds)]
+    share = share[: len(feeds)]
     planners = [Planner(feeds, share, config, rank, world, one_row) for rank in range(world)]
     at = Position(0, 0, (Place(),) * len(feeds))
     out = []
@@ -242,6 +257,44 @@ def _blocks_read(feed: Feed, config: StreamConfig, world: int, steps: int) -> li
     return read
 
 
+def off_by(feed: Feed, caches: int) -> float:
+    """Rows by which a cache may be off its share: as many units as there are caches, and what the
+    sizes of an epoch's units differ by."""
+    sizes = np.diff(feed.selection.unit_start)
+    return float(caches * sizes.mean() + np.abs(sizes - sizes.mean()).sum() / 2)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=2), st.integers(1, 6), st.integers(1, 5))
+def test_shares_are_of_rows_over_any_prefix(
+    caches: list[Cache], long_cache: Cache, share: list[int], group: int, batch: int
+) -> None:
+    """Of a cache of groups, and of one whose prompts have a rollout each."""
+    config = StreamConfig(batch_rows=group * batch, group_rows=group, last_batch="carry")
+    feeds = open_feeds([caches[0], long_cache], config)
+    most = [off_by(feed, 2) for feed in feeds]
+    counts: Counter[int] = Counter()
+    for (step,) in plan_steps(feeds, config, 1, steps=80 // batch, share=share):
+        counts.update(step.caches)
+        for own, other in ((0, 1), (1, 0)):
+            part = share[own] / sum(share)
+            off = abs(counts[own] - part * counts.total())
+            assert off <= (1 - part) * most[own] + part * most[other]
+
+
+def test_shares_are_of_rows_where_older_units_come_less_often(tmp_path: Path) -> None:
+    """The old units of one cache are single rows, and its new ones are groups of four."""
+    made = [Cache.create(tmp_path / name, IDENTITY) for name in "ab"]
+    add_scored_part(made[0], 0, 0, 60)
+    add_grouped_part(made[0], 4, 1, prompts=15, samples=4)
+    add_scored_part(made[1], 4, 0, 60)
+    config = StreamConfig(batch_rows=40, group_rows=4, last_batch="carry", lag_half_life=1.0)
+    feeds = open_feeds(made, config)
+    steps = plan_steps(feeds, config, 1, steps=400, share=[1, 1])
+    counts = Counter(cache for (step,) in steps for cache in step.caches)
+    assert abs(counts[0] / counts.total() - 0.5) < 0.01
+
+
 def test_a_step_needs_the_blocks_of_its_own_rows_only(caches: list[Cache]) -> None:
     config = StreamConfig(batch_rows=10, block_rows=4, window_rows=5, last_batch="carry")
     feeds = open_feeds(caches, config)
@@ -296,4 +349,4 @@ def test_no_release_changes_a_stream_of_groups_lags_and_several_caches(
         [(0, 26), (0, 27), (0, 28), (0, 39), (0, 40), (1, 17)],
     ]
     sha256 = hashlib.sha256(json.dumps(found).encode()).hexdigest()
-    assert sha256[:32] == "674153a775a3515897700ab9f066f990"
+    assert sha256[:32] == "536460273fc1531372c59a793fd066e5"

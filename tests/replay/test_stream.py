@@ -226,13 +226,14 @@ def test_the_state_is_a_small_plain_dict(scored_cache: Cache) -> None:
     snapshot = scored_cache.snapshot().id
     (feed,) = stream.feeds
     assert stream.state_dict() == {
-        "format": 2,
+        "format": 3,
         "seed": 3,
         "block_rows": 4,
         "window_rows": 5,
         "group_rows": 1,
         "last_batch": "keep",
         "lag_half_life": None,
+        "weight_column": None,
         "step": 9,
         "drawn": 54,
         "epoch_ended": False,
@@ -294,8 +295,8 @@ def test_a_state_of_another_snapshot_or_format_is_refused(
     state = stream.state_dict()
     with pytest.raises(MismatchError, match="snapshot = "):
         open_stream(other_cache).load_state_dict(state)
-    with pytest.raises(MismatchError, match="format = 3"):
-        stream.load_state_dict(state | {"format": 3})
+    with pytest.raises(MismatchError, match="format = 4"):
+        stream.load_state_dict(state | {"format": 4})
     with pytest.raises(MismatchError, match="sources = 2"):
         stream.load_state_dict(state | {"sources": state["sources"] * 2})
     for name in ("identity", "filter", "selection", "share"):
@@ -328,7 +329,7 @@ def test_a_state_of_no_history_is_refused(scored_cache: Cache, history: Any) -> 
         stream.load_state_dict(state)
 
 
-@pytest.mark.parametrize("state", [None, [], {}, {"format": 2}, {"format": 2, "sources": [3]}])
+@pytest.mark.parametrize("state", [None, [], {}, {"format": 3}, {"format": 3, "sources": [3]}])
 def test_what_is_no_state_is_refused(scored_cache: Cache, state: Any) -> None:
     with pytest.raises((CorruptError, MismatchError), match="stream state"):
         open_stream(scored_cache).load_state_dict(state)
