@@ -112,7 +112,8 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make_cache(teacher_dir: Path) -> Callable[..., Cache]:
     """Makes a cache at a root: random token ids as rollouts of policy 0, scored by the teacher;
-    `samples` of each prompt, and two thirds of their tokens unscored if `masked`."""
+    `samples` of each prompt, two thirds of their tokens unscored if `masked`, and with a weight of
+    each row, `x_weight`, if `weighted`."""
 
     def make(root: Path, **sizes: int) -> Cache:
         return _make_cache(root, teacher_dir, **sizes)
@@ -129,6 +130,7 @@ def _make_cache(
     seed: int = 0,
     samples: int = 1,
     masked: int = 0,
+    weighted: int = 0,
 ) -> Cache:
     from stillroom.cache.fingerprint import inspect_model
     from stillroom.cache.part import PartMeta, prompt_id, rollout_id
@@ -174,7 +176,11 @@ def _make_cache(
         vocab_size=files.vocab_size,
         sampler={"temperature": 1.0},
     )
-    cache.add_part(pa.Table.from_pylist(records, PART_SCHEMA), meta)
+    table = pa.Table.from_pylist(records, PART_SCHEMA)
+    if weighted:
+        weights = pa.array(np.arange(rows) % 3 / 2, pa.float32())
+        table = table.append_column("x_weight", weights)
+    cache.add_part(table, meta)
     score(cache, TransformersTeacher(files, config))
     return cache
 

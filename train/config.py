@@ -119,7 +119,7 @@ class ReplayConfig(Objective):
     device: str = "auto"
     """auto (CUDA if there is one, else CPU) or cpu."""
     save_steps: int = 0
-    """Steps between checkpoints; 0 writes none."""
+    """Steps between checkpoints, and one at the end; 0 writes none."""
     save_total_limit: int = 2
     """Newest checkpoints that are kept; >= 1."""
     drift_every_steps: int = 50

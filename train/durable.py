@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from stillroom.cache.errors import StillroomError, StorageError
 
 DO = "Make room on the disk, or check that the folder can be written."
+DO_REFUSED = "Mend what it names; nothing is wrong with the disk."
 
 
 def write_folder(parent: Path, fill: Callable[[Path], str]) -> Path:
@@ -27,7 +28,7 @@ def write_folder(parent: Path, fill: Callable[[Path], str]) -> Path:
         The folder.
 
     Raises:
-        StorageError: the files cannot be written.
+        StorageError: the files cannot be written, or a library refuses to write them.
     """
     temporary = parent / f".{uuid.uuid4().hex}.tmp"
     try:
@@ -81,10 +82,11 @@ def remove(path: Path) -> None:
 def _told(where: Path, expected: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         if isinstance(error, StillroomError):
             raise
-        raise StorageError(str(where), expected, str(error), DO) from error
+        do = DO_REFUSED if isinstance(error, ValueError) else DO
+        raise StorageError(str(where), expected, str(error), do) from error
 
 
 def fsync(path: Path) -> None:

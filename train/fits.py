@@ -1,8 +1,6 @@
 """What a trainer checks before it loads anything: student, settings, cache and ranks fit each
 other."""
 
-from accelerate.utils import gather_object
-
 from stillroom.cache.errors import ConfigError, MismatchError
 from stillroom.cache.fingerprint import ModelFiles
 from stillroom.cache.snapshot import Snapshot
@@ -46,7 +44,7 @@ def check_ranks_agree(run: str, files: ModelFiles, snapshot: Snapshot) -> None:
         MismatchError: names the rank.
     """
     mine = (files.fingerprint, snapshot.id)
-    for rank, theirs in enumerate(gather_object([mine])):
+    for rank, theirs in enumerate(from_every_rank(mine)):
         if theirs != mine:
             do = "Pin one snapshot, and give it to every rank."
             where = f"{run}, rank {rank}"

@@ -21,9 +21,12 @@ from stillroom.train.logit_chunks import LogitChunks
 from stillroom.train.objective import Objective
 from stillroom.train.output_head import OutputHead
 from stillroom.train.target import TeacherTarget
-from stillroom.train.teacher_side import TeacherSide
+from stillroom.train.teacher_side import side_bytes
 
 __all__ = ["FusedLoss", "fused_loss"]
+
+TEACHER_SHARE = 8
+"""One part in so many of `max_bytes` is the teacher's side of several chunks, made at once."""
 
 
 def fused_loss(
@@ -56,7 +59,8 @@ def fused_loss(
         temperature: divides the logits, > 0.
         vocab_size: V without padding of the head; its rows from there on take no part and get
             gradient 0. None: all rows.
-        max_bytes: for all (n, V) buffers together; one position is held at least.
+        max_bytes: for all of a chunk of n positions, by V or by K, whatever T is; one position is
+            held at least.
 
     Returns:
         The total, and what was measured on the way. Masked positions are never read: their loss and
@@ -72,15 +76,15 @@ def fused_loss(
     vocab_size = head.weight.shape[0] if vocab_size is None else vocab_size
     _check(hidden, head, len(target), temperature, vocab_size)
     row = target.mask.nonzero().squeeze(1)
-    teacher = TeacherSide.of(objective, target, vocab_size)
     ratio = _sampling_ratio(target, temperature)
     weight = _at_positions("weight", weight, len(target))
     crossed = _at_positions("cross_entropy_weight", cross_entropy_weight, len(target))
-    work = Work(row, teacher, objective, target.sampled_id, weight, crossed, ratio)
+    side, ahead = side_bytes(target), max_bytes // TEACHER_SHARE
+    work = Work(row, target, vocab_size, objective, weight, crossed, ratio, ahead // side)
     made = Gradients.wanted(hidden, head)
     num_spare = int(ratio is not None or (made.any and head.soft_cap is not None))
     few = hidden.detach()[: len(row)]
-    chunks = LogitChunks(head, few, vocab_size, temperature, max_bytes, num_spare)
+    chunks = LogitChunks(head, few, vocab_size, temperature, max_bytes - ahead, num_spare, side)
     _check_underflow(made, chunks)
     apply: Any = _Fused.apply
     result = FusedLoss(*apply(hidden, head.weight, head.bias, work, chunks, made))

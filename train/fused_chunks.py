@@ -4,6 +4,7 @@ gradients go, and one chunk of it."""
 # Shapes: T positions, N of them that are not masked, n in a chunk, H hidden, V vocabulary.
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -21,6 +22,7 @@ from stillroom.train.coefficients import coefficients
 from stillroom.train.logit_chunks import LogitChunks
 from stillroom.train.objective import Objective
 from stillroom.train.output_head import OutputHead, wide
+from stillroom.train.target import TeacherTarget
 from stillroom.train.teacher_side import TeacherSide
 
 
@@ -47,17 +49,27 @@ class Work:
 
     row: Tensor
     """(N,) int64, the positions that are not masked; nothing else is read."""
-    teacher: TeacherSide
-    """At T positions, like all that follows."""
+    target: TeacherTarget
+    """Of T positions."""
+    vocab_size: int
     objective: Objective
-    sampled_id: Tensor
-    """(T,) int64."""
     weight: Tensor | None
     """(T,) of the losses; None: 1."""
     cross_entropy_weight: Tensor | None
     """(T,) of the cross-entropies; None: 0."""
     ratio: Tensor | None
     """(T,) temperature over that of sampling; None: 1 everywhere."""
+    num_ahead: int
+    """Positions whose teacher's side is made at once, if it is that of more than one chunk."""
+
+    def parts(self, num_rows: int) -> Iterator[tuple[TeacherSide, Tensor]]:
+        """Chunks of at most `num_rows` positions, and the teacher's side of each."""
+        size = max(1, num_rows)
+        for row in torch.split(self.row, size * max(1, self.num_ahead // size)):
+            teacher = TeacherSide.at(row, self.objective, self.target, self.vocab_size)
+            for start in range(0, len(row), size):
+                part = slice(start, start + size)
+                yield teacher.select(part), row[part]
 
 
 @dataclass(slots=True, eq=False)
@@ -95,23 +107,23 @@ def walk(hidden: Tensor, work: Work, chunks: LogitChunks, made: Gradients) -> Fu
     result = FusedLoss(
         zeros.new_zeros(()), zeros, zeros.clone(), *(zeros + math.nan for _ in range(2))
     )
-    for start in range(0, len(work.row), max(1, chunks.num_rows)):
-        row = work.row[start : start + chunks.num_rows]
-        _chunk(hidden[row], row, work, chunks, made, result)
+    for teacher, row in work.parts(chunks.num_rows):
+        _chunk(hidden[row], row, teacher, work, chunks, made, result)
     return result
 
 
 def _chunk(
     hidden: Tensor,
     row: Tensor,
+    teacher: TeacherSide,
     work: Work,
     chunks: LogitChunks,
     made: Gradients,
     result: FusedLoss,
 ) -> None:
     """Add the positions `row` (n,) to the result and the gradients."""
-    teacher, dtype = work.teacher.select(row), result.value.dtype
-    token_id = tokens_of(teacher, work.sampled_id[row])
+    dtype = result.value.dtype
+    token_id = tokens_of(teacher, work.target.sampled_id[row])
     logits = chunks.logits(hidden)
     sampling = None
     if work.ratio is not None:

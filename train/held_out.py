@@ -54,7 +54,8 @@ class HeldOutCallback(Callback):
 
     The lowest mean reverse KL over all positions is the best. Its student is kept, and is put into
     the trainer's model at the end where `load_best_model_at_end` says so. The held-out snapshot is
-    chosen at the first step and pinned; the pin lapses a week after the last measurement.
+    chosen at the first step and pinned; the pin is renewed with every measurement, checkpoint and
+    record of drift, and lapses a week after the last.
 
     Args:
         cache: the cache that is trained on.
@@ -93,7 +94,9 @@ class HeldOutCallback(Callback):
         self._stop_if_done(trainer)
 
     def on_step(self, trainer: "ReplayTrainer", outcome: StepOutcome) -> None:
-        """Measure when it is time; may stop the training."""
+        """Measure when it is time; may stop the training. Renew the pin when the run's own is."""
+        if outcome.step % trainer.config.drift_every_steps == 0:
+            self._keep(trainer)
         every = trainer.config.eval_steps
         if not every or outcome.step % every:
             return
@@ -101,8 +104,9 @@ class HeldOutCallback(Callback):
         self._stop_if_done(trainer)
 
     def on_save(self, trainer: "ReplayTrainer") -> None:
-        """Let go of best students that no checkpoint knows any more."""
+        """Let go of best students that no checkpoint knows any more, and renew the pin."""
         self._forget(trainer)
+        self._keep(trainer)
 
     def on_end(self, trainer: "ReplayTrainer", report: "TrainReport") -> None:
         """Measure the last student, and go back to the best one if that is wanted."""
@@ -150,9 +154,8 @@ class HeldOutCallback(Callback):
 
     def _measure(self, trainer: "ReplayTrainer") -> None:
         assert self._snapshot is not None
-        state, storage = self._state, self._cache.storage
-        if trainer.is_main:
-            renew_pin(storage, pin_name(trainer.output, trainer.run), {state.snapshot})
+        state = self._state
+        self._keep(trainer)
         found = evaluate(
             trainer.student,
             self._cache,
@@ -161,11 +164,12 @@ class HeldOutCallback(Callback):
             parallel=trainer.parallel,
             max_bytes=trainer.config.loss_bytes,
         )
-        reverse = found.reverse_kl_nats
-        if not math.isfinite(reverse):
-            where = f"{trainer.run}, step {trainer.step}"
-            raise NumericsError(where, "a finite held-out reverse KL", f"{reverse}", LOWER_RATE)
-        trainer.log(_figures(found))
+        reverse, figures = found.reverse_kl_nats, _figures(found)
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                where = f"{trainer.run}, step {trainer.step}, {name}"
+                raise NumericsError(where, "a finite measurement", f"{value}", LOWER_RATE)
+        trainer.log(figures)
         state.step, state.measured = trainer.step, as_json(found)
         if state.best_step < 0 or reverse < state.best_reverse_kl_nats:
             state.best_step, state.best_reverse_kl_nats, state.worse = trainer.step, reverse, 0
@@ -173,6 +177,11 @@ class HeldOutCallback(Callback):
             self._forget(trainer)
         else:
             state.worse += 1
+
+    def _keep(self, trainer: "ReplayTrainer") -> None:
+        if trainer.is_main:
+            name = pin_name(trainer.output, trainer.run)
+            renew_pin(self._cache.storage, name, {self._state.snapshot})
 
     def _forget(self, trainer: "ReplayTrainer") -> None:
         def forget() -> None:
@@ -199,6 +208,5 @@ def _figures(found: Evaluation) -> dict[str, float]:
     figures = {f"{NAME}/reverse_kl_nats": found.reverse_kl_nats}
     for source, means in found.sources.items():
         for measure, value in asdict(means).items():
-            if math.isfinite(value):
-                figures[f"{NAME}/{measure}/{source}"] = float(value)
+            figures[f"{NAME}/{measure}/{source}"] = float(value)
     return figures

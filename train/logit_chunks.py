@@ -29,8 +29,9 @@ class LogitChunks:
         hidden: (T, H) float; only T, the dtype and the device are read.
         vocab_size: V; rows of the head from there on take no part.
         temperature: divides the logits, > 0.
-        max_bytes: for all (n, V) buffers together.
+        max_bytes: for all (n, V) buffers together, and what is `beside` them.
         num_spare: further (n, V) buffers, `spare`: 0 or 1.
+        beside: bytes a position that the caller holds beside them, out of `max_bytes` too.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class LogitChunks:
         temperature: float,
         max_bytes: int,
         num_spare: int = 0,
+        beside: int = 0,
     ) -> None:
         """Convert the head, and reserve the buffers."""
         self.dtype = head.product_dtype(hidden)
@@ -55,7 +57,7 @@ class LogitChunks:
         self._cap = None if head.soft_cap is None else head.soft_cap / temperature
         is_half = dtype != self.dtype
         bytes_each = dtype.itemsize * (1 + num_spare) + is_half * self.dtype.itemsize
-        most = max(1, max_bytes // (bytes_each * vocab_size))
+        most = max(1, max_bytes // (bytes_each * vocab_size + beside))
         num_chunks = math.ceil(len(hidden) / most)
         self.num_rows = math.ceil(len(hidden) / max(1, num_chunks))
         """Positions of a chunk; the last may have fewer. 0 if there are none."""

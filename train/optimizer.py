@@ -17,6 +17,9 @@ SCHEDULES = "Name one such as constant_with_warmup, linear or cosine."
 WITHOUT_KWARGS = ("constant", "constant_with_warmup")
 """Schedules that take no further arguments; transformers would pass over them in silence."""
 
+UNSHARDED = ("Adafactor", "Rprop")
+"""Optimisers that cannot step on a weight of which each rank has a shard."""
+
 
 def make_optimizer(
     parameters: Iterable[torch.nn.Parameter], config: ReplayConfig
@@ -89,14 +92,18 @@ def scaled_rate(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[Non
             group["lr"] = rate
 
 
-def check_trainable(config: ReplayConfig) -> None:
+def check_trainable(config: ReplayConfig, device: torch.device) -> None:
     """Refuse settings that no optimiser or schedule can be made of, or whose optimiser does not
     take what is trained: matrices and vectors with dense gradients, or adapters' matrices alone.
+
+    Args:
+        config: the settings.
+        device: that is trained on; some arguments are for one kind of device.
 
     Raises:
         ConfigError: names the setting.
     """
-    layer = torch.nn.Linear(1, 1, bias=config.lora is None)
+    layer = torch.nn.Linear(1, 1, bias=config.lora is None, device=device)
     optimizer = make_optimizer(layer.parameters(), config)
     make_schedule(optimizer, config, total_steps=1)
     for parameter in layer.parameters():
@@ -106,3 +113,19 @@ def check_trainable(config: ReplayConfig) -> None:
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         expected, got = "an optimiser that can take a step", f"{config.optimizer!r}: {error}"
         raise ConfigError("train.optimizer", expected, got, OPTIMIZERS) from error
+
+
+def check_sharded(config: ReplayConfig, world: int) -> None:
+    """Refuse fsdp with an optimiser that cannot step on weights of which each rank has a shard.
+
+    Args:
+        config: the settings.
+        world: number of processes.
+
+    Raises:
+        ConfigError: names the optimiser.
+    """
+    if world > 1 and config.parallel == "fsdp" and config.optimizer in UNSHARDED:
+        expected = f"another than {', '.join(UNSHARDED)}, which cannot step on sharded weights"
+        do = "Use ddp, or another optimiser."
+        raise ConfigError("train.optimizer with fsdp", expected, repr(config.optimizer), do)

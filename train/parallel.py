@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -24,13 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from stillroom.cache.errors import InputError
-from stillroom.train.ranks import from_first_rank
-
-
-def on_cpu(device: str) -> bool:
-    """Whether training with this setting runs on the CPU; accelerate must be told, or launched
-    processes on a machine without a GPU would each train alone."""
-    return device == "cpu" or not torch.cuda.is_available()
+from stillroom.train.ranks import from_first_rank, join_ranks
 
 
 def same_on_all_ranks(choose: Callable[[], Any], device: str) -> Any:
@@ -43,7 +36,7 @@ def same_on_all_ranks(choose: Callable[[], Any], device: str) -> Any:
     Raises:
         Exception: whatever `choose` raised, on every rank.
     """
-    PartialState(cpu=on_cpu(device))
+    join_ranks(device)
     return from_first_rank(choose)
 
 
@@ -55,17 +48,26 @@ class Parallel:
     weights' dtype, and with bf16 are reduced in float32.
 
     Args:
-        model: on its device, with its final parameters. Its forward runs functions from now on;
-            given anything else it is what it was.
+        model: with its final parameters, on its device; to be sharded it may be in main memory.
+            Its forward runs functions from now on; given anything else it is what it was.
         how: ddp, fsdp, or auto (ddp). One process alone needs neither.
         bf16: with fsdp, let weights travel and multiply in bfloat16; they stay in their own dtype
             where they are shared out.
+        device: where a sharded model goes, a unit at a time, so that no device ever holds all of
+            it; this process's current one of its type. None: where it is.
 
     Raises:
         InputError: fsdp, and the model has no list of decoder layers.
     """
 
-    def __init__(self, model: PreTrainedModel, how: str = "auto", *, bf16: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        how: str = "auto",
+        *,
+        bf16: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
         """Wrap it; of several processes each calls this."""
         self.model = model
         self.world = dist.get_world_size() if dist.is_initialized() else 1
@@ -80,7 +82,7 @@ class Parallel:
                 model, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
         elif self.kind == "fsdp":
-            self.units = _shard(model, bf16)
+            self.units = _shard(model, bf16, model.device if device is None else device)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """The function's result, computed inside the model's forward.
@@ -164,12 +166,12 @@ class _Forward:
         return _Forward, (self._model(),)
 
 
-def _shard(model: PreTrainedModel, bf16: bool) -> int:
+def _shard(model: PreTrainedModel, bf16: bool, device: torch.device) -> int:
     layers, name = decoder_layers(model), type(model).__name__
     policy = MixedPrecisionPolicy()
     if bf16:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in (*layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     units = sum(isinstance(module, FSDPModule) for module in model.modules())

@@ -96,9 +96,9 @@ def check_machine(config: RunConfig) -> None:
     from stillroom.cache.causal_lm import pick_device
     from stillroom.train.optimizer import check_trainable
 
-    for device in (config.teacher.device, config.sampler.device, config.train.device):
+    for device in (config.teacher.device, config.sampler.device):
         pick_device(device)
-    check_trainable(config.train)
+    check_trainable(config.train, pick_device(config.train.device))
 
 
 def check_teacher(teacher: Teacher, identity: Identity) -> None:

@@ -1,9 +1,5 @@
 """Saving a student as a folder, and publishing one: its weights as a folder below the root, then
-the record that names them.
-
-The folder is a plain model with its tokenizer, whatever it was trained with: adapters are added to
-the weights, and shards are put together.
-"""
+the record that names them."""
 
 import shutil
 import time
@@ -13,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as hf_logging
+from transformers import PreTrainedModel
 
 from stillroom.cache.errors import ConfigError, MismatchError, StorageError
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.cache.storage import Storage, local_path
 from stillroom.replay.policies import Policy, put_policy, read_policy
 from stillroom.train.durable import write_folder
-from stillroom.train.lora import has_lora, merged_state, save_adapter
+from stillroom.train.lora import save_adapter
+from stillroom.train.model_folder import write_model
 from stillroom.train.ranks import from_first_rank
 from stillroom.train.student import Student
 
@@ -32,14 +28,6 @@ ADAPTER = "adapter"
 """Sub-folder of a published policy that holds its LoRA as peft reads it, where that is wanted."""
 ABANDONED_AFTER_S = 24 * 3600.0
 """An unfinished folder of a policy that was not written to for so long belongs to nobody."""
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template*",
-    "*.model",
-)
 
 
 def save_student(trainer: "ReplayTrainer", folder: str | Path) -> Path:
@@ -56,6 +44,7 @@ def save_student(trainer: "ReplayTrainer", folder: str | Path) -> Path:
     Raises:
         ConfigError: there is something already.
         StorageError: it cannot be written.
+        MismatchError: it would not have its parent's tokenizer.
     """
     target = local_path(str(folder)).absolute()
     state = trainer.parallel.full_state_dict()
@@ -120,7 +109,7 @@ def publish(
 
     Raises:
         StorageError: the root is no local folder.
-        MismatchError: the version exists with other weights, or another parent.
+        MismatchError: the version has other weights or another parent, or no parent's tokenizer.
         ConfigError: the version is not above its parent.
     """
     check_publishable(storage)
@@ -131,8 +120,8 @@ def publish(
 
     def fill(folder: Path) -> str:
         whole = student.model.state_dict() if state is None else dict(state)
-        _save(student.model, whole, parent_files, folder, adapter)
-        return f"v{version:06d}-{inspect_model(str(folder)).fingerprint}"
+        saved = _save(student.model, whole, parent_files, folder, adapter)
+        return f"v{version:06d}-{saved.fingerprint}"
 
     _sweep(base / "policies")
     folder = write_folder(base / "policies", fill)
@@ -175,26 +164,10 @@ def _save(
     parent_files: ModelFiles,
     folder: Path,
     adapter: bool,
-) -> None:
-    """Write a whole state through a model of the same configuration that holds no weights: the
-    trained one may have adapters, or shards of them. The LoRA goes beside it where wanted."""
-    weights = merged_state(model, state) if has_lora(model) else state
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(model.config, dtype=_dtype(weights))
-    plain.generation_config = model.generation_config
-    tied = plain.all_tied_weights_keys
-    hf_logging.disable_progress_bar()
-    plain.save_pretrained(
-        folder, state_dict={name: w.cpu() for name, w in weights.items() if name not in tied}
-    )
-    for pattern in TOKENIZER_FILES:
-        for path in parent_files.folder.glob(pattern):
-            if not (folder / path.name).exists() and path.is_file():
-                shutil.copyfile(path, folder / path.name)
+) -> ModelFiles:
+    """Write a whole state, and its LoRA beside it where wanted."""
+    written = write_model(model, state, parent_files, folder)
     if adapter:
         (folder / ADAPTER).mkdir()
         save_adapter(model, state, folder / ADAPTER, str(parent_files.folder))
-
-
-def _dtype(weights: Mapping[str, torch.Tensor]) -> torch.dtype:
-    return next(weight.dtype for weight in weights.values() if weight.is_floating_point())
+    return written

@@ -16,6 +16,7 @@ from stillroom.train.attention import NAME, row_attention
 from stillroom.train.config import ReplayConfig
 from stillroom.train.packed_forward import packed_hidden, why_not_packed
 from stillroom.train.parallel import decoder_layers
+from stillroom.train.ranks import world
 from stillroom.train.segments import Segments
 from stillroom.train.target import TeacherTarget
 
@@ -111,13 +112,15 @@ def load_student(files: ModelFiles, dtype: str, device: torch.device) -> Student
 
 def load_trainable(files: ModelFiles, config: ReplayConfig, device: torch.device) -> Student:
     """Load a student to be trained: in float32, with adapters, recomputed activations and compiled
-    layers where the settings say so.
+    layers where the settings say so. One that several processes will share out stays in main
+    memory; `Parallel` takes it to the device.
 
     Raises:
         InputError: the folder cannot be used, or there are no layers to compile.
         ConfigError: there are no such layers for adapters.
     """
-    student = load_student(files, "float32", device)
+    is_shared_out = config.parallel == "fsdp" and world() > 1
+    student = load_student(files, "float32", torch.device("cpu") if is_shared_out else device)
     model = student.model
     if config.lora is not None:
         from stillroom.train.lora import add_lora

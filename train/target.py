@@ -100,6 +100,10 @@ class TeacherTarget:
         """Return positions start (inclusive) to stop (exclusive), as views."""
         return self._map(lambda _, tensor: tensor[start:stop])
 
+    def select(self, row: Tensor) -> Self:
+        """Return the positions that `row` lists, (N,) int64."""
+        return self._map(lambda _, tensor: tensor[row])
+
     def _tensors(self) -> dict[str, Tensor]:
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
@@ -133,8 +137,8 @@ class TeacherBuckets:
         """K, columns of kept entries."""
         return self.token_id.shape[1] - 1 - self.extra_column.shape[1]
 
-    def select(self, index: Tensor) -> Self:
-        """Return the positions that `index` lists, (N,) int64."""
+    def select(self, index: Tensor | slice) -> Self:
+        """Return the positions that `index` lists, (N,) int64, or a range of them as views."""
         return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 

@@ -1,16 +1,32 @@
-"""What an objective needs of the teacher at each position, checked once for a whole micro-batch."""
+"""What an objective needs of the teacher at each position, checked as it is made."""
 
 # Shapes: T positions, B single-token buckets, M extra ids, D draws (1 or M; 0 without any).
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Self
 
 from torch import Tensor
 
+from stillroom.cache.errors import StillroomError
 from stillroom.train.draws import Draws, check_tail_draws, extra_draws, sampled_draws
 from stillroom.train.importance import check_weighted
 from stillroom.train.objective import ESTIMATORS, WEIGHTED, Objective
 from stillroom.train.target import TeacherBuckets, TeacherTarget, teacher_buckets
+
+BUCKET_BYTES = 128
+"""That a bucket of a position takes at most while its teacher's side is made, and while the loss of
+a chunk is computed from it."""
+ROW = re.compile(r"TeacherTarget row (\d+)")
+
+
+def side_bytes(target: TeacherTarget) -> int:
+    """Bytes a position of a target's teacher side, and of what a chunk's loss is computed from it,
+    at most."""
+    extras = 0 if target.extra_id is None else target.extra_id.shape[1]
+    return BUCKET_BYTES * (target.topk_id.shape[1] + extras + 2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,8 +62,18 @@ class TeacherSide:
             check_weighted(draws, objective, target)
         return cls(buckets, draws)
 
-    def select(self, row: Tensor) -> Self:
-        """Return the positions that `row` lists, (N,) int64."""
+    @classmethod
+    def at(cls, row: Tensor, objective: Objective, target: TeacherTarget, vocab_size: int) -> Self:
+        """Prepare the positions of a target that `row` lists, (N,) int64.
+
+        Raises:
+            StillroomError: as `of`; it names the position by its number in the whole target.
+        """
+        with _numbered(row):
+            return cls.of(objective, target.select(row), vocab_size)
+
+    def select(self, row: Tensor | slice) -> Self:
+        """Return the positions that `row` lists, (N,) int64, or a range of them as views."""
         draws, behaviour = self.draws, self.draws.behaviour_logprob
         chosen = Draws(
             draws.token_id[row],
@@ -56,6 +82,18 @@ class TeacherSide:
             draws.used[row],
         )
         return replace(self, buckets=self.buckets.select(row), draws=chosen)
+
+
+@contextmanager
+def _numbered(row: Tensor) -> Iterator[None]:
+    try:
+        yield
+    except StillroomError as error:
+        match = ROW.fullmatch(error.where)
+        if match is None:
+            raise
+        where = f"TeacherTarget row {int(row[int(match[1])])}"
+        raise type(error)(where, error.expected, error.got, error.do) from error
 
 
 def _draws(kind: str, target: TeacherTarget, buckets: TeacherBuckets) -> Draws:

@@ -1,13 +1,13 @@
 """The training loop: replayed batches in, a trained student out. No teacher anywhere."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 
 from stillroom.cache.errors import ConfigError, NumericsError
 from stillroom.cache.fingerprint import ModelFiles, inspect_model
@@ -26,13 +26,22 @@ from stillroom.train.checkpoint import (
     save_checkpoint,
 )
 from stillroom.train.config import ReplayConfig
+from stillroom.train.curves import Curves
 from stillroom.train.decisive import decisive_settings
 from stillroom.train.fits import check_fits, check_ranks_agree, check_run_name, policy_of
+from stillroom.train.launcher import asked_in_vain
 from stillroom.train.open_phases import PhaseOpener
-from stillroom.train.optimizer import make_optimizer, make_schedule, scaled_rate
+from stillroom.train.optimizer import (
+    check_sharded,
+    check_trainable,
+    make_optimizer,
+    make_schedule,
+    scaled_rate,
+)
 from stillroom.train.own_callbacks import check_names, own_callbacks
-from stillroom.train.parallel import Parallel, on_cpu
+from stillroom.train.parallel import Parallel
 from stillroom.train.phase_streams import Opened, PhaseStreams
+from stillroom.train.ranks import from_every_rank, join_ranks, rank, world
 from stillroom.train.replay_loss import ReplayLoss
 from stillroom.train.report import TrainReport
 from stillroom.train.run_stream import RunStream
@@ -86,14 +95,7 @@ class ReplayTrainer:
         self.files = student if isinstance(student, ModelFiles) else inspect_model(str(student))
         self.output = (Path("runs") / run if output is None else Path(output)).absolute()
         check_fits(self.files, self.cache, config)
-        self._accelerator = Accelerator(
-            cpu=on_cpu(config.device),
-            mixed_precision="no",
-            log_with="tensorboard",
-            project_dir=str(self.output / "tensorboard"),
-        )
-        self.device, self.rank = self._accelerator.device, self._accelerator.process_index
-        self.world = self._accelerator.num_processes
+        self._join(config)
         self._releases = snapshot is None
         self._replayed = RunStream(self.cache, self.output, run, self.rank, self.world)
         self._checkpoints = checkpoints_of(self.output, run)
@@ -105,7 +107,9 @@ class ReplayTrainer:
             policy_version = policy_of(self.files, self.cache)
         self.policy_version = policy_version
         self._logged: dict[str, float] = {}
+        self._curves = Curves(self.output / "tensorboard" / run, writes=self.is_main)
         self.step, self.stopped, self._trained = 0, "", False
+        self._saved_step = 0
         self.callbacks = (*own_callbacks(self.cache, config), *callbacks)
         check_names([PhaseStreams.name, *(callback.name for callback in self.callbacks)])
         self._tell(lambda callback: callback.on_open(self))
@@ -113,17 +117,27 @@ class ReplayTrainer:
         check_ranks_agree(run, self.files, snapshot)
         self._set_up(snapshot, resumed)
 
+    def _join(self, config: ReplayConfig) -> None:
+        self.device = join_ranks(config.device)
+        self.rank, self.world = rank(), world()
+        check_trainable(config, self.device)
+        check_sharded(config, self.world)
+        if unread := asked_in_vain(config, os.environ):
+            self.print(f"  {unread}")
+
     def _set_up(self, snapshot: Snapshot, resumed: Progressed | None) -> None:
-        config, rank = self.config, self.rank
+        config = self.config
         set_seed(config.seed)
         self.student = load_trainable(self.files, config, self.device)
+        self.parallel = Parallel(
+            self.student.model, config.parallel, bf16=config.bf16, device=self.device
+        )
         self.stream = self._replayed.open(
             snapshot, config, self.student, self.files.vocab_size, self.print
         )
         self.loss = self.loss_class(
             self.student, self.cache.identity, config, config.loss_bytes, config.bf16
         )
-        self.parallel = Parallel(self.student.model, config.parallel, bf16=config.bf16)
         self.optimizer = make_optimizer(self.student.model.parameters(), config)
         opener = PhaseOpener(
             config=config,
@@ -132,7 +146,7 @@ class ReplayTrainer:
             files=self.files,
             output=self.output,
             run=self.run,
-            rank=rank,
+            rank=self.rank,
             world=self.world,
             say=self.print,
             resumed=None if resumed is None else resumed.callbacks.get(PhaseStreams.name),
@@ -145,7 +159,7 @@ class ReplayTrainer:
         self.callbacks = (self.phases, *self.callbacks)
         self.total_steps = self.phases.plan.total_steps
         self.schedule = make_schedule(self.optimizer, config, self.total_steps)
-        set_seed(config.seed + rank)  # dropout of its own on each rank
+        set_seed(config.seed + self.rank)  # dropout of its own on each rank
 
     @property
     def is_main(self) -> bool:
@@ -154,18 +168,21 @@ class ReplayTrainer:
 
     def print(self, text: str) -> None:
         """Print a line, on one rank."""
-        self._accelerator.print(text, flush=True)
+        if self.is_main:
+            print(text, flush=True)
 
     def log(self, values: Mapping[str, float]) -> None:
         """Add numbers to the record of this step that trackers get."""
         self._logged.update(values)
 
     def stop(self, reason: str) -> None:
-        """End the training after this step, on all ranks."""
-        self.stopped = reason
+        """End the training after this step, on all ranks. With `save_steps` it leaves a checkpoint,
+        from which the same run goes on."""
+        self.stopped = reason or "no reason was given"
 
     def train(self) -> TrainReport:
-        """Train to the end, from the newest checkpoint if there is one.
+        """Train to the end, from the newest checkpoint if there is one. Streams are closed then,
+        also where something is raised.
 
         Raises:
             NumericsError: the loss is not finite.
@@ -176,9 +193,17 @@ class ReplayTrainer:
             do = "Make a new trainer: it goes on from the newest checkpoint."
             raise ConfigError(self.run, "a trainer that has not trained", "one that has", do)
         self._trained = True
+        try:
+            return self._train()
+        finally:
+            self.phases.close()
+            self.stream.close()
+            self._curves.close()
+
+    def _train(self) -> TrainReport:
         report = TrainReport()
         self._resume(report)
-        self._start_trackers()
+        self._curves.open(self.step)
         self._tell(lambda callback: callback.on_begin(self))
         start = time.perf_counter()
         with Progress(f"train {self.run}", self.total_steps, "steps") as progress:
@@ -186,6 +211,8 @@ class ReplayTrainer:
             while self.step < self.total_steps and not self._stops():
                 self._take_step(report)
                 progress.advance()
+        if self.config.save_steps and self.step != self._saved_step:
+            self._save(report)
         self.stream.close()
         if self.step == self.total_steps:
             self.stopped = ""
@@ -195,9 +222,6 @@ class ReplayTrainer:
         report.left_out, report.truncated = feed.selection.left_out, feed.selection.truncated
         self._tell(lambda callback: callback.on_end(self, report))
         self._write_record()
-        # end_training() would take the process group down too, which is not ours to end.
-        for tracker in self._accelerator.trackers:
-            tracker.finish()
         if self._releases:
             self.release()
         return report
@@ -206,11 +230,6 @@ class ReplayTrainer:
         """Let go of the snapshots that were replayed; `train` does it where it chose its own. Where
         the student is published later, call it after that."""
         self.phases.release()
-
-    def _start_trackers(self) -> None:
-        """A resumed run's curves go on after the checkpoint: later points are taken back."""
-        purged = {"tensorboard": {"purge_step": self.step + 1}} if self.step else {}
-        self._accelerator.init_trackers(self.run, init_kwargs=purged)
 
     def _take_step(self, report: TrainReport) -> None:
         start = time.perf_counter()
@@ -260,14 +279,13 @@ class ReplayTrainer:
         self._tell(lambda callback: callback.on_step(self, outcome))
         self._write_record()
         every = self.config.save_steps
-        if every and self.step % every == 0 and self.step < self.total_steps:
+        if every and self.step % every == 0:
             self._save(report)
         elif self.step % self.config.drift_every_steps == 0:
             self.phases.keep()
 
     def _write_record(self) -> None:
-        if self._logged:
-            self._accelerator.log(self._logged, step=self.step)
+        self._curves.add(self._logged, self.step)
         self._logged = {}
 
     def _tell(self, what: Callable[[Callback], None]) -> None:
@@ -278,7 +296,7 @@ class ReplayTrainer:
         """Whether a callback of any rank has asked for it."""
         asked = torch.tensor(int(bool(self.stopped)), device=self.device)
         if int(self.parallel.sum(asked)):
-            self.stopped = next(filter(None, gather_object([self.stopped])))
+            self.stopped = next(filter(None, from_every_rank(self.stopped)))
         return bool(self.stopped)
 
     def _save(self, report: TrainReport) -> None:
@@ -294,6 +312,7 @@ class ReplayTrainer:
         )
         model, keep = self.student.model, self.config.save_total_limit
         save_checkpoint(self._checkpoints, progressed, model, self.optimizer, self.schedule, keep)
+        self._saved_step = self.step
         self.phases.keep()
         self._tell(lambda callback: callback.on_save(self))
 
@@ -302,7 +321,8 @@ class ReplayTrainer:
         found = load_checkpoint(self._checkpoints, model, self.optimizer, self.schedule)
         if found is None:
             return
-        self.step, report.rows, report.positions = found.step, found.rows, found.positions
+        self.step = self._saved_step = found.step
+        report.rows, report.positions = found.rows, found.positions
         for callback in self.callbacks:
             if callback.name in found.callbacks:
                 callback.load_state_dict(found.callbacks[callback.name])

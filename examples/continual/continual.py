@@ -190,9 +190,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/continual"))
     parser.add_argument("--original", type=Path, default=ORIGINAL, help="folder of the model")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
-    parser.add_argument(
-        "--replay-learning-rate", type=float, default=Settings.replay_learning_rate
-    )
+    parser.add_argument("--replay-learning-rate", type=float, default=Settings.replay_learning_rate)
     parser.add_argument("--learning-steps", type=int, default=Settings.learning_steps)
     parser.add_argument("--replay-steps", type=int, default=Settings.replay_steps)
     given = vars(parser.parse_args())

@@ -20,6 +20,7 @@ from stillroom.cache.store import Cache
 from stillroom.replay.config import StreamConfig
 from stillroom.replay.dataset import ReplayDataset, StoredSource
 from stillroom.replay.policies import check_student
+from stillroom.train.model_folder import write_model
 from stillroom.train.objective import Objective
 from stillroom.train.parallel import Parallel
 from stillroom.train.replay_loss import ReplayLoss
@@ -66,7 +67,7 @@ def train(
             save(checkpoint, {**parts, "dataset": state, "snapshot": snapshot})
             keep_snapshot(opened.storage, output, RUN, snapshot)
         yield found.loss
-    model.model.save_pretrained(output / "student")
+    write_model(model.model, model.model.state_dict(), files, output / "student")
     release_snapshot(opened.storage, output, RUN)
 
 

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    GenerationConfig,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from stillroom.cache.fingerprint import inspect_model
@@ -25,6 +31,7 @@ from stillroom.replay.dataset import ReplayDataset, StoredSource
 from stillroom.replay.policies import check_student
 from stillroom.replay.tensors import MicroTensors, Step, from_tensors
 from stillroom.train.durable import write_file
+from stillroom.train.model_folder import write_model
 from stillroom.train.objective import Objective
 from stillroom.train.parallel import same_on_all_ranks
 from stillroom.train.replay_loss import ReplayLoss, StepCount
@@ -63,9 +70,7 @@ class ReplayTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         for tensors in inputs["micro_batches"]:
             loss = self.compute_loss(model, tensors, num_items_in_batch=num_items_in_batch)
-            loss = (
-                loss * self.accelerator.num_processes
-            )  # gradients and logs are averaged over them
+            loss = loss * self.accelerator.num_processes  # over which gradients are averaged
             self.accelerator.backward(loss)
             total += loss.detach()
         return total
@@ -119,11 +124,13 @@ def main(student: str, cache: str, output: Path, **settings: Any) -> None:
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
         dataset.skip(state.global_step * args.gradient_accumulation_steps)
     keep = KeepPinned(opened, output, snapshot)
+    # Checkpoints need none, and generation settings that contradict one another cannot be saved.
+    loaded.model.generation_config = GenerationConfig()
     loss = ReplayLoss(loaded, identity, Objective(kind="forward"))
     trainer = ReplayTrainer(loss, args=args, train_dataset=dataset, callbacks=[keep])
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(output / "student"))
     if trainer.is_world_process_zero():
+        write_model(loaded.model, loaded.model.state_dict(), files, output / "student")
         release_snapshot(opened.storage, output, RUN)
 
 

@@ -1,8 +1,8 @@
 """Trains on several numbers of ranks, each a forked process; torch is imported once.
 
 Reads a plan as JSON: {"root", "output", "worlds": [[ranks, [case, ...]], ...]} with a case {"name",
-"student", "settings", "double", "one_row"}. Rank 0 of each leaves `<ranks>-<name>.npz` in the
-output: losses, gradient norms, and the student's whole weights.
+"student", "settings", "double", "one_row", "compiler", "worse_after", "refused"}. Rank 0 of each
+leaves `<ranks>-<name>.npz` in the output: losses, gradient norms, and the student's whole weights.
 """
 
 from __future__ import annotations
@@ -16,27 +16,34 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._dynamo.utils import counters
 
+from stillroom.cache.errors import ConfigError
 from stillroom.cache.fingerprint import ModelFiles
 from stillroom.cache.store import Cache
 from stillroom.train import trainer as trainer_module
 from stillroom.train.callbacks import Callback, StepOutcome
 from stillroom.train.config import ReplayConfig
+from stillroom.train.parallel import decoder_layers
 from stillroom.train.settings import build_settings
 from stillroom.train.student import Student, load_trainable
 from stillroom.train.trainer import ReplayTrainer
 
 
 class Norms(Callback):
-    """Keeps the gradient's norm of each step."""
+    """Keeps the gradient's norm of each step; makes the student worse after a step, if wanted."""
 
-    def __init__(self) -> None:
+    def __init__(self, worse_after: int | None) -> None:
         """Keep none yet."""
         self.norms: list[float] = []
+        self._worse_after = worse_after
 
     def on_step(self, trainer: ReplayTrainer, outcome: StepOutcome) -> None:
         """Keep one."""
         self.norms.append(outcome.gradient_norm)
+        if self._worse_after is not None and outcome.step > self._worse_after:
+            with torch.no_grad():
+                trainer.student.model.model.norm.weight.mul_(2.0)
 
 
 def loading(case: dict[str, Any]) -> Any:
@@ -44,6 +51,9 @@ def loading(case: dict[str, Any]) -> Any:
 
     def load(files: ModelFiles, config: ReplayConfig, device: torch.device) -> Student:
         student = load_trainable(files, config, device)
+        if case.get("compiler"):
+            for layer in decoder_layers(student.model):
+                layer.compile(dynamic=True, backend=case["compiler"])
         if case.get("one_row"):
             student.why_one_row = "the case says so"
             student.model.set_attn_implementation("sdpa")
@@ -57,21 +67,36 @@ def train(plan: dict[str, Any], case: dict[str, Any], world: int) -> None:
     cache = Cache.open(plan["root"])
     config = build_settings(ReplayConfig, case["settings"], case["name"])
     vars(trainer_module)["load_trainable"] = loading(case)
-    output, norms = Path(plan["output"]) / f"{world}-{case['name']}", Norms()
-    trainer = ReplayTrainer(
-        case["student"], cache, config, snapshot=cache.snapshot(), output=output, callbacks=[norms]
-    )
+    output, norms = Path(plan["output"]) / f"{world}-{case['name']}", Norms(case["worse_after"])
+    try:
+        trainer = ReplayTrainer(
+            case["student"],
+            cache,
+            config,
+            snapshot=cache.snapshot(),
+            output=output,
+            callbacks=[norms],
+        )
+    except ConfigError as error:
+        if world == 1 or not case["refused"] or case["refused"] not in str(error):
+            raise
+        return
+    assert world == 1 or not case["refused"], "it was to be refused"
     if world > 1:
         expected = "ddp" if config.parallel == "auto" else config.parallel
         assert trainer.parallel.kind == expected, trainer.parallel.kind
         assert trainer.parallel.units == (3 if expected == "fsdp" else 0), "two layers and the rest"
+    counters.clear()
     report = trainer.train()
+    if case["compiler"]:
+        assert counters["stats"]["unique_graphs"] > 0
     weights = trainer.parallel.full_state_dict()
     if trainer.is_main:
         arrays: dict[str, Any] = {
             f"weights/{name}": tensor.numpy() for name, tensor in weights.items()
         }
         arrays |= {"losses": np.array(report.losses), "norms": np.array(norms.norms)}
+        arrays |= {"student_step": np.array(report.student_step)}
         np.savez(f"{output}.npz", **arrays)
     else:
         assert weights == {}

@@ -21,7 +21,7 @@ from tests.integration.killed_run import arm
 
 
 class StopAfter(Callback):
-    """Stops the training one step after a checkpoint."""
+    """Stops the training, which leaves a checkpoint."""
 
     def __init__(self, step: int) -> None:
         """Which step."""

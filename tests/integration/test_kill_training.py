@@ -13,6 +13,7 @@ import pytest
 
 from stillroom.cache.store import Cache
 from tests.integration.test_kill import Runner
+from tests.train.event_files import points
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -122,8 +123,15 @@ def unbroken(
 
 
 def check_equal(output: Path, expected: Path) -> None:
-    """The same losses at every step, also at those that were taken twice, and the same end."""
+    """The same losses at every step, also at those that were taken twice, curves without a step
+    that is in them twice, and the same end."""
     assert losses(output) == losses(expected)
+    mine, theirs = (points(folder / "tensorboard" / "r") for folder in (output, expected))
+    assert mine["loss_nats"] == theirs["loss_nats"]
+    assert len(mine["loss_nats"]) == STEPS
+    assert {name: [*steps] for name, steps in mine.items()} == {
+        name: [*steps] for name, steps in theirs.items()
+    }
     assert ended(output) == ended(expected)
     for folder in ("checkpoints/r", "best/r"):
         left = {path.name for path in (output / folder).iterdir()}

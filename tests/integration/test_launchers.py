@@ -1,4 +1,5 @@
-"""`stillroom train` publishes the same student however its processes are launched."""
+"""`stillroom train` publishes the same student however its processes are launched, and says what
+it does not read of what a launcher was told."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def free_port() -> str:
 def launchers() -> dict[str, list[str]]:
     """What stands in front of the command."""
     accelerate = [str(BIN / "accelerate"), "launch", "--cpu", "--num_machines", "1"]
-    ranks = ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    ranks = ["--num_processes", "2", "--mixed_precision", "bf16", "--dynamo_backend", "no"]
     return {
         "alone": [sys.executable],
         "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"],
@@ -71,6 +72,8 @@ def test_every_launcher_gives_the_same(
         )
         assert done.returncode == 0, done.stderr[-4000:]
         assert done.stdout.count("train: policy 0 -> 1") == 1, "one rank publishes, and says so"
+        told = int(name == "accelerate")
+        assert done.stdout.count("launcher asks for precision bf16, which is not read") == told
         storage = Cache.open(str(root)).storage
         found[name] = load_file(
             policy_folder(storage, read_policy(storage, 1)) / "model.safetensors"

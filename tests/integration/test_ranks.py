@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from stillroom.cache.store import Cache
+from stillroom.train.optimizer import UNSHARDED
 from tests.conftest import save_llama
 
 pytestmark = pytest.mark.dist
@@ -29,18 +30,24 @@ BASE: dict[str, Any] = {
     "replay": {"batch_rows": 5, "max_tokens": 40, "block_rows": 2, "window_rows": 4},
 }
 
+FLAGS = ("double", "one_row", "compiler", "worse_after", "refused")
+"""Of a case, beside its settings."""
+
 
 class Ranks:
     """Runs cases on numbers of ranks, and compares what came out."""
 
-    def __init__(self, folder: Path, root: str, students: dict[str, Path]) -> None:
+    def __init__(self, folder: Path, root: str, students: dict[str, Path], held: str = "") -> None:
         """Plan nothing yet."""
-        self._folder, self._root, self._students = folder, root, students
+        self._folder, self._root, self._held, self._students = folder, root, held, students
         self._plan: dict[int, list[dict[str, Any]]] = {}
 
     def case(self, worlds: tuple[int, ...], name: str, student: str, **changes: Any) -> None:
-        """Plan one; `replay` changes single settings of it."""
-        flags = {flag: changes.pop(flag, False) for flag in ("double", "one_row")}
+        """Plan one; `replay` changes single settings of it, and with `eval_steps` the student is
+        measured on the held-out cache."""
+        flags = {flag: changes.pop(flag, None) for flag in FLAGS}
+        if "eval_steps" in changes:
+            changes["eval_root"] = self._held
         replay = BASE["replay"] | changes.pop("replay", {})
         settings = BASE | changes | {"replay": replay}
         made = {"name": name, "student": str(self._students[student]), "settings": settings}
@@ -93,14 +100,21 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, make_cache: Callable[..., Cache]) -> str:
-    """Eleven scored rollouts."""
-    return str(make_cache(tmp_path_factory.mktemp("ranks") / "root", rows=11).storage.root)
+    """Eleven scored rollouts, with weights."""
+    folder = tmp_path_factory.mktemp("ranks") / "root"
+    return str(make_cache(folder, rows=11, weighted=1).storage.root)
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory, make_cache: Callable[..., Cache]) -> str:
+    """Three others."""
+    return str(make_cache(tmp_path_factory.mktemp("held") / "root", rows=3, seed=5).storage.root)
 
 
 @pytest.fixture
-def ranks(tmp_path: Path, root: str, students: dict[str, Path]) -> Ranks:
+def ranks(tmp_path: Path, root: str, held: str, students: dict[str, Path]) -> Ranks:
     """Nothing planned."""
-    return Ranks(tmp_path, root, students)
+    return Ranks(tmp_path, root, students, held)
 
 
 def test_two_ranks_equal_one(ranks: Ranks) -> None:
@@ -143,6 +157,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "cross_entropy_sources": ["student"],
     },
     "adam": {"optimizer": "AdamW", "optimizer_args": {"eps": 1e-2}, "weight_decay": 0.1},
+    "weighted": {"kind": "reverse_kl_rb", "replay": {"weight_column": "x_weight"}},
+    "best": {"eval_steps": 2, "load_best_model_at_end": True, "worse_after": 4},
 }
 
 
@@ -154,10 +170,54 @@ def test_ranks_of_every_kind_equal_one(ranks: Ranks) -> None:
         for kind in ("ddp", "fsdp"):
             ranks.case((2, 4), f"{kind}-{name}", **settings, parallel=kind)
     ranks.run(timeout=600)
+    assert ranks.found(1, "best")["student_step"] in (2, 4), "an earlier one was put back"
     for name in VARIANTS:
         for world in (2, 4):
             for kind in ("ddp", "fsdp"):
                 ranks.assert_same((1, name), (world, f"{kind}-{name}"), 1e-12)
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "ASGD": {},
+    "Adadelta": {},
+    "Adafactor": {},
+    "Adagrad": {},
+    "Adam": {"amsgrad": True},
+    "AdamW": {},
+    "Adamax": {},
+    "NAdam": {},
+    "RAdam": {},
+    "RMSprop": {"momentum": 0.9},
+    "Rprop": {},
+    "SGD": {"momentum": 0.9, "nesterov": True},
+    "Muon": {},
+}
+
+
+@pytest.mark.slow
+def test_sharded_weights_take_every_optimiser_that_is_not_refused(ranks: Ranks) -> None:
+    """Their steps on shards are those on whole weights; Muon's are of adapters."""
+    for name, args in OPTIMIZERS.items():
+        settings: dict[str, Any] = {"optimizer": name, "optimizer_args": args, "double": True}
+        settings |= {"learning_rate": 1e-3, "lora": LORA if name == "Muon" else None}
+        ranks.case((1,), name, "tied", **settings)
+        refused = f"got {name!r}" if name in UNSHARDED else None
+        ranks.case((2,), f"fsdp-{name}", "tied", parallel="fsdp", refused=refused, **settings)
+    ranks.run(timeout=300)
+    for name in [name for name in OPTIMIZERS if name not in UNSHARDED]:
+        tolerance = 1e-3 if name == "Muon" else 1e-12  # Muon multiplies in bfloat16
+        ranks.assert_same((1, name), (2, f"fsdp-{name}"), tolerance)
+
+
+@pytest.mark.slow
+def test_compiled_layers_on_two_ranks(ranks: Ranks) -> None:
+    """Traced and differentiated ahead of time, as torch_compile does, without its compiler."""
+    ranks.case((1,), "plain", "tied", double=True)
+    for kind in ("ddp", "fsdp"):
+        ranks.case((2,), kind, "tied", parallel=kind, double=True, compiler="aot_eager")
+    ranks.run(timeout=300)
+    for kind in ("ddp", "fsdp"):
+        ranks.assert_same((1, "plain"), (2, kind), 1e-12)
 
 
 @pytest.mark.slow

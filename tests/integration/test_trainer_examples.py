@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.pins import active_pins
 from stillroom.cache.store import Cache
 from stillroom.replay.config import StreamConfig
@@ -77,6 +78,20 @@ def test_a_bare_loop_learns_and_resumes_to_the_bit(
     assert list(bare_loop(str(student_dir), root, tmp_path / "cut", STEPS, **SAVE)) == []
 
 
+def test_a_bare_loop_leaves_a_whole_model(
+    student_dir: Path, root: str, tmp_path: Path, bare_loop: Callable[..., Any]
+) -> None:
+    """Also where transformers would not save its generation settings."""
+    student = shutil.copytree(student_dir, tmp_path / "student")
+    settings = student / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"top_p": 0.6}))
+    list(bare_loop(str(student), root, tmp_path / "out", 1, **SAVE))
+    saved, given = inspect_model(str(tmp_path / "out" / "student")), inspect_model(str(student))
+    assert saved.tokenizer_fingerprint == given.tokenizer_fingerprint
+    assert saved.fingerprint != given.fingerprint
+    assert (saved.folder / settings.name).read_bytes() == settings.read_bytes()
+
+
 def test_the_trainer_of_transformers_learns_and_resumes(
     student_dir: Path, root: str, tmp_path: Path, bare_loop: Callable[..., Any]
 ) -> None:
@@ -111,7 +126,8 @@ def test_the_trainer_of_transformers_never_cuts_packed_rows_up(
     main = load("hf_trainer.py", "main", SMALL)
     monkeypatch.setitem(main.__globals__, "TrainingArguments", OnTwoGpus)
     main(str(student_dir), root, tmp_path / "out", max_steps=1, **LOG)
-    args = torch.load(tmp_path / "out" / "student" / "training_args.bin", weights_only=False)
+    saved = tmp_path / "out" / "checkpoint-1" / "training_args.bin"
+    args = torch.load(saved, weights_only=False)
     assert isinstance(args, OnTwoGpus)
     assert args.n_gpu == 1
 
@@ -122,10 +138,12 @@ def test_accumulated_steps_are_as_one_of_all_their_rows(
     halves = StreamConfig(batch_rows=4, max_tokens=64, threads=1)
     for name, config, accumulate in (("whole", SMALL, 1), ("halves", halves, 2)):
         main = load("hf_trainer.py", "main", config)
-        settings = LOG | {"gradient_accumulation_steps": accumulate, "max_grad_norm": 0.5}
+        settings = LOG | {"gradient_accumulation_steps": accumulate, "max_grad_norm": 0}
+        settings |= {"optim": "sgd", "learning_rate": 0.1}  # its steps grow with the gradient
         main(str(student_dir), root, tmp_path / name, max_steps=STEPS, **settings)
     found, expected = logged_losses(tmp_path / "halves"), logged_losses(tmp_path / "whole")
     assert found == pytest.approx(expected, rel=1e-3)
+    assert found[3] < 0.95 * found[0], "half a step would show"
 
 
 def test_runs_of_both_pin_their_own_until_they_end(

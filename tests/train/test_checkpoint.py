@@ -50,7 +50,7 @@ def progressed_at(step: int) -> Progressed:
         "row_ratio_squared": 1.0,
     }
     stream = {"sources": [{"snapshot": "0" * 32, "first": 3}]}
-    callbacks = {"drift": {"sums": {"0": sums}, "last": {}}}
+    callbacks = {"drift": {"id": "0" * 16, "sums": {"0": sums}, "last": {}}}
     return Progressed(
         step=step,
         rows=10,

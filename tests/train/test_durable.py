@@ -30,7 +30,13 @@ def test_folder_appears_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [OSError("disk full"), RuntimeError("disk full"), SafetensorError("disk full")]
+    "error",
+    [
+        OSError("disk full"),
+        RuntimeError("disk full"),
+        SafetensorError("disk full"),
+        ValueError("not because the disk full"),
+    ],
 )
 def test_failure_leaves_nothing(tmp_path: Path, error: Exception) -> None:
     """An error while filling removes what was written, and names the place."""

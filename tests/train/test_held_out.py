@@ -4,6 +4,7 @@ of it goes on from a checkpoint."""
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,16 +14,24 @@ from typing import Any
 import pytest
 import torch
 
-from stillroom.cache.errors import ConfigError, CorruptError, InputError, MismatchError
+from stillroom.cache.errors import (
+    ConfigError,
+    CorruptError,
+    InputError,
+    MismatchError,
+    NumericsError,
+    StillroomError,
+)
 from stillroom.cache.fingerprint import inspect_model
-from stillroom.cache.pins import list_pins
+from stillroom.cache.pins import list_pins, unpin
 from stillroom.cache.store import Cache
 from stillroom.replay.config import StreamConfig
 from stillroom.train.callbacks import Callback, StepOutcome
 from stillroom.train.config import ReplayConfig
-from stillroom.train.evaluate import as_json, evaluate
+from stillroom.train.evaluate import Evaluation, as_json, evaluate
 from stillroom.train.held_out import HeldOutCallback
 from stillroom.train.report import TrainReport
+from stillroom.train.run_snapshot import pin_name
 from stillroom.train.student import load_student
 from stillroom.train.trainer import ReplayTrainer
 
@@ -137,6 +146,83 @@ def test_the_best_student_is_put_back(
         ]
         ends.append({**report.held_out, "losses": report.losses[-1:]})
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("measure", ["forward_kl_nats", "hidden_kl_bound_nats"])
+def test_a_measurement_that_is_not_finite_is_told(
+    caches: tuple[Cache, Cache],
+    student_dir: Path,
+    tmp_path: Path,
+    config: ReplayConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    measure: str,
+) -> None:
+    """As a student gives it that rules a token out; no checkpoint could hold it."""
+
+    def ruled_out(*args: Any, **kwargs: Any) -> Evaluation:
+        found = evaluate(*args, **kwargs)
+        changes: dict[str, Any] = {measure: math.inf}
+        means = {name: replace(one, **changes) for name, one in found.sources.items()}
+        return replace(found, sources=means)
+
+    monkeypatch.setattr("stillroom.train.held_out.evaluate", ruled_out)
+    with pytest.raises(NumericsError, match=rf"step 2, held_out/{measure}/student: .* got inf"):
+        train(caches, student_dir, tmp_path, config, Recorder())
+
+
+@pytest.mark.parametrize("save_steps", [2, 4])
+def test_an_end_that_cannot_be_measured_is_taken_up_again(
+    caches: tuple[Cache, Cache],
+    student_dir: Path,
+    tmp_path: Path,
+    config: ReplayConfig,
+    save_steps: int,
+) -> None:
+    """No step is trained again, and the same is measured; the best student is an earlier one."""
+    scores, aside = tmp_path / "held" / "scores", tmp_path / "aside"
+    shutil.copytree(caches[1].storage.folder, tmp_path / "held")
+    config = replace(config, eval_root=str(tmp_path / "held"), eval_steps=4)
+    config = replace(config, save_steps=save_steps, load_best_model_at_end=True)
+    whole, _ = train(caches, student_dir, tmp_path / "whole", config, Recorder(worse_after=5))
+
+    class Loses(Recorder):
+        def on_step(self, trainer: ReplayTrainer, outcome: StepOutcome) -> None:
+            super().on_step(trainer, outcome)
+            if outcome.step == 6:
+                scores.rename(aside)
+
+    with pytest.raises(StillroomError):
+        train(caches, student_dir, tmp_path / "out", config, Loses(worse_after=5))
+    aside.rename(scores)
+    report, made = train(caches, student_dir, tmp_path / "out", config, Recorder())
+    assert (report.steps, report.student_step, report.losses) == (6, 4, [])
+    assert report.held_out == whole.held_out
+    found = evaluate(made.student, caches[1], caches[1].snapshot(), REPLAY)
+    assert found.reverse_kl_nats == report.held_out["best_reverse_kl_nats"]
+
+
+@pytest.mark.parametrize("changes", [{"save_steps": 2}, {"save_steps": 0, "drift_every_steps": 2}])
+def test_the_pin_is_renewed_though_nothing_is_measured(
+    caches: tuple[Cache, Cache],
+    student_dir: Path,
+    tmp_path: Path,
+    config: ReplayConfig,
+    changes: dict[str, Any],
+) -> None:
+    """Where the run's own pin is: with checkpoints, and with records of drift."""
+    storage, pinned = caches[1].storage, dict[int, bool]()
+
+    class Unpins(Callback):
+        def on_step(self, trainer: ReplayTrainer, outcome: StepOutcome) -> None:
+            name = pin_name(trainer.output, trainer.run)
+            pinned[outcome.step] = any(pin.run == name for pin in list_pins(storage))
+            if outcome.step == 1:
+                unpin(storage, name)
+
+    config = replace(config, eval_steps=0, **changes)
+    made = ReplayTrainer(student_dir, caches[0], config, output=tmp_path, callbacks=[Unpins()])
+    made.train()
+    assert [pinned[1], pinned[3]] == [True, True]
 
 
 def test_stops_at_its_goal(

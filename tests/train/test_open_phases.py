@@ -163,7 +163,9 @@ def test_only_replay_is_counted_and_measured(run: Run, text: SupervisedConfig, c
     ]
     made, recorder = run(phases)
     assert recorder.outcomes[-1].rows == 6
-    record = f"drift/{pin_name(made.output, 'r')}/{made.step:08d}.json"
+    name = pin_name(made.output, "r")
+    paths = [entry.path for entry in made.cache.storage.list("drift") if name in entry.path]
+    (record,) = [path for path in paths if path.endswith(f"/{made.step:08d}.json")]
     drift = json.loads(made.cache.storage.get(record))["by_policy"]
     replayed = sum(one.num_positions for one in recorder.outcomes if one.replayed)
     assert {version: sums["positions"] for version, sums in drift.items()} == {"0": replayed}
@@ -240,6 +242,7 @@ def test_no_phase_trains_on_what_is_measured(run: Run, caches: list[str]) -> Non
 def test_ranks_must_have_the_same_rows(
     run: Run, text: SupervisedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fits, "from_every_rank", lambda mine: [mine, "another"])
+    other = {str: "another"}
+    monkeypatch.setattr(fits, "from_every_rank", lambda mine: [mine, other.get(type(mine), mine)])
     with pytest.raises(MismatchError, match=r"text\.jsonl, rank 1: .* got another\."):
         run([Phase(supervised=text, max_steps=1)])

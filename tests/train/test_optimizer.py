@@ -9,7 +9,15 @@ import torch
 
 from stillroom.cache.errors import ConfigError
 from stillroom.train.config import LoraSettings, ReplayConfig
-from stillroom.train.optimizer import check_trainable, make_optimizer, make_schedule
+from stillroom.train.optimizer import (
+    UNSHARDED,
+    check_sharded,
+    check_trainable,
+    make_optimizer,
+    make_schedule,
+)
+
+CPU = torch.device("cpu")
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -69,13 +77,24 @@ def test_any_class_of_torch_with_its_arguments(name: str, settings: dict[str, An
     ],
 )
 def test_what_cannot_be_made_is_named(changes: dict[str, Any], match: str) -> None:
-    check_trainable(ReplayConfig())
+    check_trainable(ReplayConfig(), CPU)
     with pytest.raises(ConfigError, match=match):
-        check_trainable(ReplayConfig(**changes))
+        check_trainable(ReplayConfig(**changes), CPU)
+
+
+@pytest.mark.parametrize("name", UNSHARDED)
+def test_what_cannot_step_on_shards_is_named(name: str) -> None:
+    """Where weights are shared out: with fsdp, over several processes."""
+    config = ReplayConfig(optimizer=name, parallel="fsdp")
+    check_sharded(config, 1)
+    check_sharded(ReplayConfig(optimizer=name), 2)
+    check_sharded(ReplayConfig(parallel="fsdp"), 2)
+    with pytest.raises(ConfigError, match=rf"with fsdp: .*got '{name}'\. Use ddp"):
+        check_sharded(config, 2)
 
 
 def test_adapters_are_matrices_alone() -> None:
-    check_trainable(ReplayConfig(optimizer="Muon", lora=LoraSettings()))
+    check_trainable(ReplayConfig(optimizer="Muon", lora=LoraSettings()), CPU)
 
 
 def test_a_schedule_warms_up_and_falls() -> None:
@@ -104,7 +123,7 @@ def test_schedules_with_arguments_of_their_own(
     name: str, kwargs: dict[str, Any], expected: list[float]
 ) -> None:
     config = ReplayConfig(learning_rate=1.0, lr_scheduler_type=name, lr_scheduler_kwargs=kwargs)
-    check_trainable(config)
+    check_trainable(config, CPU)
     optimizer = make_optimizer(parameters(), config)
     schedule, rates = make_schedule(optimizer, config, total_steps=2), []
     for _ in range(3):

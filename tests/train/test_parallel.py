@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stillroom.cache.errors import InputError
-from stillroom.train.parallel import Parallel, decoder_layers, on_cpu, same_on_all_ranks
+from stillroom.train.parallel import Parallel, decoder_layers, same_on_all_ranks
 
 IDS = torch.arange(8)[None]
 
@@ -110,10 +110,3 @@ def test_one_process_chooses_for_itself() -> None:
     assert same_on_all_ranks(lambda: {"a": 1}, "cpu") == {"a": 1}
     with pytest.raises(InputError, match="why"):
         same_on_all_ranks(lambda: (_ for _ in ()).throw(InputError("a", "b", "c", "why")), "cpu")
-
-
-def test_cpu_is_chosen_where_it_is_named_or_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for there in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert on_cpu("cpu")
-        assert on_cpu("auto") is not there

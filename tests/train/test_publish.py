@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -202,3 +204,76 @@ def test_what_a_killed_process_left_goes_a_day_later(student_dir: Path, tmp_path
         os.utime(path, (day_ago, day_ago))
     publish(Storage(tmp_path), student, files, version=1, parent=0, run="r", step=1)
     assert [folder.exists() for folder in folders] == [False, True, True]
+
+
+@pytest.fixture
+def parent(student_dir: Path, tmp_path: Path) -> Path:
+    """A student's folder that a test may change."""
+    return shutil.copytree(student_dir, tmp_path / "parent")
+
+
+def test_a_loose_generation_config_is_published_as_it_is(parent: Path, tmp_path: Path) -> None:
+    """transformers loads it and refuses to save it."""
+    path = parent / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.6, "top_k": 20}))
+    files = inspect_model(str(parent))
+    student = load_student(files, "float32", torch.device("cpu"))
+    storage = Storage(tmp_path)
+    publish(storage, student, files, version=1, parent=0, run="r", step=1)
+    saved = open_policy(storage, 1).folder / path.name
+    assert saved.read_bytes() == path.read_bytes()
+    path.unlink()
+    publish(storage, student, files, version=2, parent=1, run="r", step=1)
+    assert not (open_policy(storage, 2).folder / path.name).exists()
+
+
+def test_every_file_of_the_tokenizer_is_published(parent: Path, tmp_path: Path) -> None:
+    """Whatever kinds of them there are, and folders."""
+    names = ("added_tokens.json", "tekken.json", "additional_chat_templates/tool_use.jinja")
+    (parent / "additional_chat_templates").mkdir()
+    for name in names:
+        (parent / name).write_text("{}")
+    files = inspect_model(str(parent))
+    student = load_student(files, "float32", torch.device("cpu"))
+    publish(Storage(tmp_path), student, files, version=1, parent=0, run="r", step=1)
+    saved = open_policy(Storage(tmp_path), 1).folder
+    for name in (*names, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (saved / name).read_bytes() == (parent / name).read_bytes()
+
+
+def test_a_tokenizer_in_the_older_files_alone_is_published(parent: Path, tmp_path: Path) -> None:
+    """Its added tokens are in a file of their own."""
+    vocab = json.loads((parent / "tokenizer.json").read_text())["model"]["vocab"]
+    old = {
+        "vocab.json": vocab,
+        "added_tokens.json": {"<|extra|>": len(vocab), "<|end|>": len(vocab) + 1},
+        "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|end|>"},
+    }
+    (parent / "tokenizer.json").unlink()
+    for name, content in old.items():
+        (parent / name).write_text(json.dumps(content))
+    (parent / "merges.txt").write_text("a b\nab c\n")
+    files = inspect_model(str(parent))
+    assert files.vocab_size == len(vocab) + 3, "the two, and one of GPT-2's own"
+    student = load_student(files, "float32", torch.device("cpu"))
+    publish(Storage(tmp_path), student, files, version=1, parent=0, run="r", step=1)
+    saved = open_policy(Storage(tmp_path), 1)
+    assert saved.tokenizer_fingerprint == files.tokenizer_fingerprint
+
+
+@pytest.mark.parametrize("left", ["another tokenizer", "none"])
+def test_a_student_without_its_parent_s_tokenizer_is_not_announced(
+    parent: Path, tmp_path: Path, left: str
+) -> None:
+    files = inspect_model(str(parent))
+    student = load_student(files, "float32", torch.device("cpu"))
+    for path in parent.glob("tokenizer*"):
+        if left == "none":
+            path.unlink()
+        else:
+            path.write_text(path.read_text().replace("<|end|>", "<|fin|>"))
+    storage = Storage(tmp_path)
+    with pytest.raises(MismatchError, match=rf"parent: expected .*{files.tokenizer_fingerprint}"):
+        publish(storage, student, files, version=1, parent=0, run="r", step=1)
+    assert policy_versions(storage) == []
+    assert list((tmp_path / "policies").iterdir()) == []

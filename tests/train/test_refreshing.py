@@ -191,11 +191,8 @@ def test_adapters_are_merged_into_what_samples(make_setup: Callable[..., Setup])
 def test_a_resumed_run_leaves_what_it_sampled_later(make_setup: Callable[..., Setup]) -> None:
     setup = make_setup()
     config = replace(CONFIG, save_steps=5, save_total_limit=3)
-    first = setup.trainer(config=config)
-    first.train()
-    again = setup.trainer(config=config)
-    setup.recorder.versions.clear()
-    again.train()
+    ended_run(setup, 7, config)
+    setup.trainer(config=config).train()
     assert setup.recorder.versions == [{1}, {3}, {3}]
     storage = setup.refresher.cache.storage
     later = read_policy(storage, 3)
@@ -206,10 +203,8 @@ def test_a_run_resumed_where_it_refreshed_samples_anew(make_setup: Callable[...,
     """Rows of that moment may be retired already."""
     setup = make_setup()
     config = replace(CONFIG, save_steps=EVERY, max_steps=11)
-    setup.trainer(config=config).train()
+    ended_run(setup, 10, config)
     again = setup.trainer(config=config)
-    setup.recorder.versions.clear()
-    setup.recorder.gaps.clear()
     again.train()
     assert setup.recorder.versions == [{4}, {4}]
     assert read_policy(again.cache.storage, 4).parent == 2

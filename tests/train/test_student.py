@@ -26,8 +26,9 @@ from stillroom.cache.errors import InputError, ShapeError
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.replay.batch import MicroBatch, Row, collate, idle_micro_batch
 from stillroom.train.attention import NAME, row_attention
+from stillroom.train.config import ReplayConfig
 from stillroom.train.segments import Segments
-from stillroom.train.student import Student, load_student, to_target
+from stillroom.train.student import Student, load_student, load_trainable, to_target
 from tests.conftest import VOCAB, save_llama, save_tokenizer
 
 CPU = torch.device("cpu")
@@ -343,3 +344,11 @@ def test_a_target_holds_the_teachers_values(batch: MicroBatch) -> None:
     assert target.topk_id.shape == target.topk_logprob.shape == (8, TOPK)
     assert target.mask.dtype == torch.bool
     assert target.mask.tolist() == [True] * 8
+
+
+def test_a_student_that_will_be_shared_out_stays_in_main_memory(
+    student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stillroom.train.student.world", lambda: 2)
+    files, config = inspect_model(str(student_dir)), ReplayConfig(parallel="fsdp")
+    assert load_trainable(files, config, torch.device("cuda")).model.device == CPU

@@ -1,4 +1,4 @@
-"""What an objective needs of the teacher: refused as the references refuse it, before any chunk."""
+"""What an objective needs of the teacher: refused as the references refuse it."""
 
 import math
 from dataclasses import replace

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 
 from stillroom.cache.errors import ConfigError, MismatchError, NumericsError
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.pins import active_pins
-from stillroom.cache.snapshot import Snapshot
 from stillroom.cache.store import Cache
 from stillroom.replay.config import StreamConfig
 from stillroom.replay.policies import register_initial
 from stillroom.train.config import LoraSettings, ReplayConfig
 from stillroom.train.objectives import divergence
+from stillroom.train.phases import Phase
 from stillroom.train.report import TrainReport
-from stillroom.train.run_snapshot import pin_name, release_snapshot, snapshot_for
-from stillroom.train.run_stream import stream_config
+from stillroom.train.run_snapshot import pin_name, snapshot_for
 from stillroom.train.step import backward
 from stillroom.train.student import to_target
 from stillroom.train.trainer import ReplayTrainer
@@ -117,59 +117,6 @@ def test_shared_prompts_change_neither_loss_nor_gradient(
     assert tokens[1] < tokens[0]
 
 
-@pytest.mark.parametrize(("device", "shares"), [("cpu", True), ("cuda", False)])
-def test_prompts_are_shared_on_a_cpu_unless_told_otherwise(
-    grouped: dict[bool, Cache], student_dir: Path, tmp_path: Path, device: str, shares: bool
-) -> None:
-    config = replace(CONFIG, replay=replace(REPLAY, batch_rows=8, group_rows=4))
-    made = trainer(grouped[False], student_dir, tmp_path, config)
-    prefixes = [m.prefix for m in made.stream.next_batch().micro_batches if m is not None]
-    assert (np.concatenate(prefixes) >= 0).sum() == 8
-
-    def shared(replay: StreamConfig) -> bool | None:
-        return stream_config(replay, made.student, torch.device(device), print).share_prompts
-
-    assert shared(config.replay) == shares
-    assert shared(replace(config.replay, share_prompts=not shares)) != shares
-    assert not shared(REPLAY)
-
-
-@pytest.mark.parametrize("over_long", ["skip", "truncate"])
-def test_rows_that_are_not_read_whole_are_told(
-    cache: Cache,
-    student_dir: Path,
-    tmp_path: Path,
-    over_long: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Once, and in the report."""
-    (commit,) = cache.snapshot().commits
-    lengths = np.array(commit.row_lengths(), np.int64)
-    limit = int(np.median(lengths[:, 0]))
-    assert (lengths[:, 1] < limit).all(), "each row keeps a position"
-    over = int((lengths[:, 0] > limit).sum())
-    replay = replace(REPLAY, batch_rows=3, max_tokens=limit, over_long=over_long)
-    config = replace(CONFIG, num_train_epochs=1, replay=replay)
-    report = trainer(cache, student_dir, tmp_path, config, run=over_long).train()
-    said = capsys.readouterr().out
-    if over_long == "skip":
-        assert (report.left_out, report.truncated) == ({"over_long": over}, 0)
-        assert said.count(f"  rows left out: {over} by over_long\n") == 1
-    else:
-        assert (report.left_out, report.truncated) == ({}, over)
-        assert said.count(f"  {over} truncated\n") == 1
-
-
-def test_nothing_is_said_where_every_row_is_read_whole(
-    cache: Cache, student_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made = trainer(cache, student_dir, tmp_path)
-    assert made.stream.feeds[0].selection.missing == ""
-    said = capsys.readouterr().out
-    assert "left out" not in said
-    assert "truncated" not in said
-
-
 def test_loss_is_the_mean_over_all_positions(
     cache: Cache, student_dir: Path, tmp_path: Path
 ) -> None:
@@ -195,7 +142,8 @@ def test_loss_falls_and_drift_grows(cache: Cache, student_dir: Path, tmp_path: P
     assert report.positions == 8 * cache.snapshot().positions
     assert report.losses[-1] < 0.8 * report.losses[0]
     assert report.drift["0"]["lag"] == 0
-    assert len(cache.storage.list(f"drift/{pin_name(tmp_path, 'falls')}")) == 8
+    run = pin_name(tmp_path, "falls")
+    assert sum(f"drift/{run}-" in entry.path for entry in cache.storage.list("drift")) == 8
     assert (tmp_path / "tensorboard" / "falls").is_dir()
 
 
@@ -239,6 +187,30 @@ def test_bad_loss_stops_before_the_step(cache: Cache, student_dir: Path, tmp_pat
         assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
 
 
+def test_streams_are_closed_where_training_is_interrupted(
+    cache: Cache, make_cache: Callable[..., Cache], student_dir: Path, tmp_path: Path
+) -> None:
+    """That of the run's own cache, and that of a phase on another one."""
+    other = make_cache(tmp_path / "other", seed=1).storage.root
+    phases = (Phase(max_steps=1), Phase(root=str(other), max_steps=2))
+    config = replace(CONFIG, num_train_epochs=1.0, phases=phases)
+    made = trainer(cache, student_dir, tmp_path / "run", config)
+    real_step = made._take_step
+
+    def step_or_stop(report: TrainReport) -> None:
+        if made.step == 2:
+            raise KeyboardInterrupt
+        real_step(report)
+
+    made._take_step = step_or_stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert made.phases.data(1).stream is not made.stream
+    for stream in (made.stream, made.phases.data(1).stream):
+        with pytest.raises(ConfigError, match="a closed one"):
+            stream.next_batch()
+
+
 def test_unknown_optimizer(cache: Cache, student_dir: Path, tmp_path: Path) -> None:
     """A name that torch does not have is refused."""
     for name in ("Adagrid", "lr_scheduler"):
@@ -246,60 +218,51 @@ def test_unknown_optimizer(cache: Cache, student_dir: Path, tmp_path: Path) -> N
             trainer(cache, student_dir, tmp_path, replace(CONFIG, optimizer=name))
 
 
+def test_an_optimizer_that_takes_no_dense_gradient_is_refused_before_anything_is_loaded(
+    cache: Cache, student_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"train\.optimizer: .*dense gradients"):
+        trainer(cache, student_dir, tmp_path, replace(CONFIG, optimizer="SparseAdam"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def _fresh_accelerator() -> Iterator[None]:
+    """Nothing of what a test does to accelerate's state is left."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_fresh_accelerator")
+def test_an_accelerator_of_before_changes_nothing(
+    cache: Cache, student_dir: Path, tmp_path: Path
+) -> None:
+    """Neither its precision nor its device."""
+    alone = trainer(cache, student_dir, tmp_path / "alone").train()
+    Accelerator(cpu=True, mixed_precision="bf16")
+    PartialState().device = torch.device("cuda", 0)
+    made = trainer(cache, student_dir, tmp_path / "after")
+    assert made.device == torch.device("cpu")
+    assert made.train().losses == alone.losses
+
+
+def test_what_the_launcher_asked_for_in_vain_is_said_once(
+    cache: Cache,
+    student_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    trainer(cache, student_dir, tmp_path).train()
+    line = "  accelerate's launcher asks for FSDP, which is not read here; there is train.parallel"
+    assert capsys.readouterr().out.count(line) == 1
+
+
 def test_run_names_are_checked(cache: Cache, student_dir: Path, tmp_path: Path) -> None:
     """A name that could not be a path is refused before anything is loaded."""
     with pytest.raises(ConfigError, match="letters, digits"):
         trainer(cache, student_dir, tmp_path, run="../up")
-
-
-@pytest.mark.parametrize(
-    "changes", [{"save_steps": 1, "drift_every_steps": 100}, {"drift_every_steps": 1}]
-)
-def test_a_run_pins_what_it_trains_on(
-    make_cache: Callable[..., Cache], student_dir: Path, tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    """Before it opens it, and again at every checkpoint and drift record."""
-    cache = make_cache(tmp_path / "root")
-    chosen = snapshot_for(cache, tmp_path, "r").id
-    name = pin_name(tmp_path, "r")
-    assert active_pins(cache.storage)[name].snapshots == [chosen]
-    made = trainer(cache, student_dir, tmp_path, replace(CONFIG, **changes))
-    release_snapshot(cache.storage, tmp_path, "r")
-    assert active_pins(cache.storage) == {}
-    made._take_step(TrainReport())
-    assert active_pins(cache.storage)[name].snapshots == [chosen]
-
-
-def test_a_run_that_follows_pins_before_it_opens(
-    make_cache: Callable[..., Cache],
-    student_dir: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """And what its checkpoint would go on with stays pinned beside it."""
-    cache = make_cache(tmp_path / "root")
-    first = snapshot_for(cache, tmp_path, "r").id
-    name = pin_name(tmp_path, "r")
-    replay = replace(REPLAY, follow_every_steps=2)
-    config = replace(CONFIG, replay=replay, save_steps=1, drift_every_steps=100)
-    made = trainer(cache, student_dir, tmp_path, config)
-    open_snapshot, opened = Cache.open_snapshot, dict[str, list[str]]()
-
-    def noting(self: Cache, snapshot_id: str) -> Snapshot:
-        opened[snapshot_id] = active_pins(cache.storage)[name].snapshots
-        return open_snapshot(self, snapshot_id)
-
-    monkeypatch.setattr(Cache, "open_snapshot", noting)
-    for _ in range(2):
-        made._take_step(TrainReport())
-    make_cache(tmp_path / "root", seed=1)
-    second = cache.snapshot().id
-    made._take_step(TrainReport())
-    assert made.stream.snapshots == [second] != [first]
-    assert opened == {second: sorted([first, second])}
-    assert active_pins(cache.storage)[name].snapshots == sorted([first, second])
-    made._take_step(TrainReport())
-    assert active_pins(cache.storage)[name].snapshots == [second], "two checkpoints are kept"
 
 
 def test_a_stopped_run_goes_on_with_its_snapshot(

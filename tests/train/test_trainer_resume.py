@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from stillroom.cache.errors import ConfigError, MismatchError
+from stillroom.cache.errors import ConfigError, MismatchError, StorageError
 from stillroom.cache.fingerprint import inspect_model
 from stillroom.cache.pins import active_pins
 from stillroom.cache.store import Cache
@@ -20,6 +20,7 @@ from stillroom.replay.config import StreamConfig
 from stillroom.train.callbacks import Callback, StepOutcome
 from stillroom.train.config import LoraSettings, ReplayConfig
 from stillroom.train.phases import Phase
+from stillroom.train.report import TrainReport
 from stillroom.train.run_snapshot import snapshot_for
 from stillroom.train.student import load_student
 from stillroom.train.trainer import ReplayTrainer
@@ -169,14 +170,14 @@ def test_a_trainer_trains_once(cache: Cache, student_dir: Path, tmp_path: Path) 
 class Stops(Callback):
     """Asks for the end after a step."""
 
-    def __init__(self, after: int) -> None:
-        """Which."""
-        self._after = after
+    def __init__(self, after: int, reason: str = "enough") -> None:
+        """Which, and why."""
+        self._after, self._reason = after, reason
 
     def on_step(self, trainer: ReplayTrainer, outcome: StepOutcome) -> None:
         """Ask."""
         if outcome.step == self._after:
-            trainer.stop("enough")
+            trainer.stop(self._reason)
 
 
 @pytest.mark.parametrize(("after", "said"), [(2, "enough"), (3, "")])
@@ -186,6 +187,49 @@ def test_only_a_run_that_ended_early_says_why(
     made = ReplayTrainer(student_dir, cache, CONFIG, output=tmp_path, callbacks=[Stops(after)])
     report = made.train()
     assert (report.steps, report.stopped) == (after, said)
+
+
+def test_a_stop_without_a_reason_is_a_stop(cache: Cache, student_dir: Path, tmp_path: Path) -> None:
+    stops = [Stops(2, reason="")]
+    made = ReplayTrainer(student_dir, cache, CONFIG, output=tmp_path, callbacks=stops)
+    report = made.train()
+    assert (report.steps, report.stopped) == (2, "no reason was given")
+
+
+class EndsBadly(Callback):
+    """Fails at the end."""
+
+    def on_end(self, trainer: ReplayTrainer, report: TrainReport) -> None:
+        """Fail."""
+        raise StorageError("disk", "room", "none", "Make room.")
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_a_run_whose_end_fails_trains_no_step_again(
+    cache: Cache, student_dir: Path, tmp_path: Path, every: int
+) -> None:
+    """Whether its last step was due for a checkpoint or not."""
+    config, output = replace(CONFIG, save_steps=every), tmp_path
+    made = ReplayTrainer(student_dir, cache, config, output=output, callbacks=[EndsBadly()])
+    with pytest.raises(StorageError):
+        made.train()
+    again = ReplayTrainer(student_dir, cache, config, output=output)
+    report = again.train()
+    assert (report.steps, report.rows, report.losses) == (3, 18, [])
+    assert report.drift["0"]["positions"] == report.positions > 0
+    for mine, theirs in zip(again.student.parameters(), made.student.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_stopped_run_goes_on_from_where_it_stopped(
+    cache: Cache, student_dir: Path, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, save_steps=100)
+    for callbacks, steps, taken in (([Stops(2)], 2, 2), ([], 3, 1)):
+        heard: list[Callback] = [*callbacks]
+        made = ReplayTrainer(student_dir, cache, config, output=tmp_path, callbacks=heard)
+        report = made.train()
+        assert (report.steps, len(report.losses)) == (steps, taken)
 
 
 def test_phases_keep_their_pins_until_the_student_is_published(
