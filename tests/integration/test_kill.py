@@ -101,7 +101,7 @@ def left(settings: dict[str, Any]) -> dict[str, Any]:
                 found[f"{root}/{entry.path}"] = jsonfile.digest(cache.storage.get(entry.path))
         for entry in cache.storage.list("drift"):
             drift = jsonfile.load_sealed(cache.storage.get(entry.path), entry.path)
-            found[re.sub("-[0-9a-f]{16}/", "/", f"{root}/{entry.path}")] = drift["by_policy"]
+            found[re.sub("(-[0-9a-f]{16}){2}/", "/", f"{root}/{entry.path}")] = drift["by_policy"]
         assert len(cache.storage.list("commits")) == len(cache.commits()) == len(cache.parts())
         for part, n in cache.commits().items():
             commit = read_commit(cache.storage, commit_path(part, n))
