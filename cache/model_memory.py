@@ -39,7 +39,8 @@ def check_fits(files: ModelFiles, dtype: str, device: torch.device) -> None:
                 f"weights that fit into the {free / 1e9:,.1f} GB that are free in {place}",
                 f"{needed / 1e9:,.1f} GB in {dtype}",
                 "Use a smaller dtype or a larger machine; over several GPUs the backend vllm runs "
-                "a teacher, and train.parallel fsdp trains a student.",
+                "a teacher, and train.parallel fsdp trains a student, which each process reads "
+                "into main memory first.",
             )
 
 

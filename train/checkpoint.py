@@ -51,6 +51,8 @@ class Progressed:
     """Rows replayed."""
     positions: int
     """Scored tokens replayed."""
+    loss: float | None
+    """Mean loss of the last step, nats a position."""
     stream: dict[str, Any]
     """State of the replay stream."""
     callbacks: dict[str, dict[str, Any]]

@@ -17,6 +17,7 @@ from stillroom.cache.fingerprint import ModelFiles, inspect_model
 from stillroom.train.lora import has_lora, merged_state
 
 GENERATION = "generation_config.json"
+NO_SETTINGS = ("transformers_version", "_from_model_config")
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -42,7 +43,7 @@ def write_model(
         model: what was trained; its configuration and the layout of its adapters are read.
         state: its whole state, with adapters, by its own names.
         parent_files: the model that it was trained from.
-        folder: where to; made if it is not there. Tokenizer files that it holds stay.
+        folder: where to; made if it is not there. Files of the same names are replaced.
 
     Returns:
         What the folder holds.
@@ -54,7 +55,9 @@ def write_model(
     weights = merged_state(model, dict(state)) if has_lora(model) else dict(state)
     with torch.device("meta"):  # the trained one may have adapters, or shards of them
         plain = AutoModelForCausalLM.from_config(model.config, dtype=_dtype(weights))
-    # transformers loads generation settings that contradict one another, and refuses to save them.
+    # of a parent that keeps generation settings in its config.json, where none are saved
+    is_lost = _said(model.generation_config) != _said(plain.generation_config)
+    # transformers loads settings that contradict one another, and refuses to save them
     plain.generation_config = GenerationConfig()
     tied = plain.all_tied_weights_keys
     hf_logging.disable_progress_bar()
@@ -62,17 +65,23 @@ def write_model(
         folder, state_dict={name: w.cpu() for name, w in weights.items() if name not in tied}
     )
     (folder / GENERATION).unlink(missing_ok=True)
+    if is_lost:
+        model.generation_config.to_json_file(folder / GENERATION)
     for pattern in (GENERATION, *TOKENIZER_FILES):
         for path in parent_files.folder.glob(pattern):
             _copy(path, folder / path.name)
     return _with_tokenizer_of(parent_files, folder)
 
 
+def _said(generation: GenerationConfig | None) -> dict[str, object]:
+    """Its settings, but for those that are off."""
+    said = {} if generation is None else generation.to_diff_dict()
+    return {name: value for name, value in said.items() if value and name not in NO_SETTINGS}
+
+
 def _copy(path: Path, target: Path) -> None:
-    if target.exists():
-        return
     if path.is_dir():
-        shutil.copytree(path, target)
+        shutil.copytree(path, target, dirs_exist_ok=True)
     else:
         shutil.copyfile(path, target)
 

@@ -212,7 +212,7 @@ class Pipeline:
             "stopped": report.stopped,
             "held_out": report.held_out,
             "pace": report.pace,
-            "loss_nats": report.losses[-1] if report.losses else None,
+            "loss_nats": report.last_loss,
         }
         publish(
             self._cache.storage,

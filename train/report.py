@@ -17,6 +17,8 @@ class TrainReport:
     """Scored tokens replayed, repeats counted."""
     losses: list[float] = field(default_factory=list)
     """Mean loss of each step since the run was last started or resumed, nats a position."""
+    last_loss: float | None = None
+    """That of the last step, also where it was taken before the run was resumed."""
     student_step: int = 0
     """Optimiser steps that the student has taken: fewer than `steps` where its best is back."""
     drift: dict[str, Any] = field(default_factory=dict)
@@ -41,3 +43,4 @@ class TrainReport:
             self.rows += outcome.rows
             self.positions += outcome.num_positions
         self.losses.append(outcome.loss)
+        self.last_loss = outcome.loss

@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -196,9 +197,9 @@ class ReplayTrainer:
         try:
             return self._train()
         finally:
-            self.phases.close()
-            self.stream.close()
-            self._curves.close()
+            with ExitStack() as closing:  # all, also where one cannot be closed
+                for one in (self._curves, self.stream, self.phases):
+                    closing.callback(one.close)
 
     def _train(self) -> TrainReport:
         report = TrainReport()
@@ -222,13 +223,13 @@ class ReplayTrainer:
         report.left_out, report.truncated = feed.selection.left_out, feed.selection.truncated
         self._tell(lambda callback: callback.on_end(self, report))
         self._write_record()
-        if self._releases:
+        if self._releases and not self.stopped:
             self.release()
         return report
 
     def release(self) -> None:
-        """Let go of the snapshots that were replayed; `train` does it where it chose its own. Where
-        the student is published later, call it after that."""
+        """Let go of the snapshots that were replayed; `train` does it where it chose its own and is
+        through. Where the student is published later, call it after that."""
         self.phases.release()
 
     def _take_step(self, report: TrainReport) -> None:
@@ -305,6 +306,7 @@ class ReplayTrainer:
             step=self.step,
             rows=report.rows,
             positions=report.positions,
+            loss=report.last_loss,
             stream=self.stream.state_dict(),
             callbacks=states,
             student=self.files.fingerprint,
@@ -323,6 +325,7 @@ class ReplayTrainer:
             return
         self.step = self._saved_step = found.step
         report.rows, report.positions = found.rows, found.positions
+        report.last_loss = found.loss
         for callback in self.callbacks:
             if callback.name in found.callbacks:
                 callback.load_state_dict(found.callbacks[callback.name])

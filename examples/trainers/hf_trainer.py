@@ -125,11 +125,12 @@ def main(student: str, cache: str, output: Path, **settings: Any) -> None:
         dataset.skip(state.global_step * args.gradient_accumulation_steps)
     keep = KeepPinned(opened, output, snapshot)
     # Checkpoints need none, and generation settings that contradict one another cannot be saved.
-    loaded.model.generation_config = GenerationConfig()
+    generation, loaded.model.generation_config = loaded.model.generation_config, GenerationConfig()
     loss = ReplayLoss(loaded, identity, Objective(kind="forward"))
     trainer = ReplayTrainer(loss, args=args, train_dataset=dataset, callbacks=[keep])
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
+        loaded.model.generation_config = generation
         write_model(loaded.model, loaded.model.state_dict(), files, output / "student")
         release_snapshot(opened.storage, output, RUN)
 

@@ -55,6 +55,7 @@ def progressed_at(step: int) -> Progressed:
         step=step,
         rows=10,
         positions=100,
+        loss=0.5,
         stream=stream,
         callbacks=callbacks,
         student="f" * 32,

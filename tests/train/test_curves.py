@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
+from stillroom.cache.errors import StorageError
 from stillroom.cache.store import Cache
 from stillroom.replay.config import StreamConfig
 from stillroom.train.callbacks import Callback, StepOutcome
@@ -38,6 +39,30 @@ def test_points_of_steps_that_are_taken_anew_are_gone(tmp_path: Path) -> None:
     found = points(tmp_path)
     assert found["a"] == pytest.approx({1: 1.2, 2: 2.2})
     assert found["b/c"] == {1: -1, 2: -2}
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match=r"file/run: expected to write curves"):
+        Curves(tmp_path / "file" / "run", writes=True).open(0)
+
+
+def test_a_disk_that_is_full_hides_no_other_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves = Curves(tmp_path, writes=True)
+    curves.open(0)
+    writer, close = curves._writer, curves._writer.close
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "flush", fail)
+    with pytest.raises(StorageError, match="No space left"):
+        curves.add({"a": 1.0}, 1)
+    monkeypatch.setattr(writer, "close", fail)
+    curves.close()
+    close()
 
 
 def test_another_rank_writes_nothing(tmp_path: Path) -> None:

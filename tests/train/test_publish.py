@@ -22,6 +22,7 @@ from stillroom.replay.config import StreamConfig
 from stillroom.replay.policies import open_policy, policy_versions, read_policy, register_initial
 from stillroom.train.config import LoraSettings, ReplayConfig
 from stillroom.train.lora import add_lora, merged_state
+from stillroom.train.model_folder import write_model
 from stillroom.train.publish import publish, save_student
 from stillroom.train.student import load_student
 from stillroom.train.trainer import ReplayTrainer
@@ -222,9 +223,37 @@ def test_a_loose_generation_config_is_published_as_it_is(parent: Path, tmp_path:
     publish(storage, student, files, version=1, parent=0, run="r", step=1)
     saved = open_policy(storage, 1).folder / path.name
     assert saved.read_bytes() == path.read_bytes()
-    path.unlink()
-    publish(storage, student, files, version=2, parent=1, run="r", step=1)
-    assert not (open_policy(storage, 2).folder / path.name).exists()
+
+
+def test_generation_settings_in_the_config_are_published(parent: Path, tmp_path: Path) -> None:
+    """Where older folders keep them; ids of tokens alone are none."""
+    (parent / "generation_config.json").unlink()
+    config, storage = parent / "config.json", Storage(tmp_path)
+    for version, settings in ((1, {}), (2, {"temperature": 0.6, "do_sample": True, "top_k": 7})):
+        config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+        files = inspect_model(str(parent))
+        student = load_student(files, "float32", torch.device("cpu"))
+        publish(storage, student, files, version=version, parent=version - 1, run="r", step=1)
+        saved = open_policy(storage, version).folder
+        assert (saved / "generation_config.json").exists() == bool(settings)
+    found = load_causal_lm(inspect_model(str(saved)), "float32", torch.device("cpu"))
+    assert found.generation_config.temperature == 0.6
+    assert found.generation_config.top_k == 7
+
+
+def test_half_written_files_of_a_folder_are_replaced(parent: Path, tmp_path: Path) -> None:
+    files = inspect_model(str(parent))
+    student = load_student(files, "float32", torch.device("cpu"))
+    (parent / "additional_chat_templates").mkdir()
+    names = ("chat_template.jinja", "tokenizer_config.json", "additional_chat_templates/a.jinja")
+    (parent / names[2]).write_text("whole")
+    saved = tmp_path / "student"
+    (saved / "additional_chat_templates").mkdir(parents=True)
+    for name in names:
+        (saved / name).write_text("{")
+    write_model(student.model, student.model.state_dict(), files, saved)
+    for name in names:
+        assert (saved / name).read_bytes() == (parent / name).read_bytes()
 
 
 def test_every_file_of_the_tokenizer_is_published(parent: Path, tmp_path: Path) -> None:

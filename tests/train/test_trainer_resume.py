@@ -21,7 +21,7 @@ from stillroom.train.callbacks import Callback, StepOutcome
 from stillroom.train.config import LoraSettings, ReplayConfig
 from stillroom.train.phases import Phase
 from stillroom.train.report import TrainReport
-from stillroom.train.run_snapshot import snapshot_for
+from stillroom.train.run_snapshot import pin_name, snapshot_for
 from stillroom.train.student import load_student
 from stillroom.train.trainer import ReplayTrainer
 
@@ -230,6 +230,9 @@ def test_a_stopped_run_goes_on_from_where_it_stopped(
         made = ReplayTrainer(student_dir, cache, config, output=tmp_path, callbacks=heard)
         report = made.train()
         assert (report.steps, len(report.losses)) == (steps, taken)
+        assert (pin_name(tmp_path, "replay") in active_pins(cache.storage)) == (steps == 2)
+    again = ReplayTrainer(student_dir, cache, config, output=tmp_path).train()
+    assert (again.losses, again.last_loss) == ([], report.losses[-1])
 
 
 def test_phases_keep_their_pins_until_the_student_is_published(
