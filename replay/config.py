@@ -68,7 +68,9 @@ class StreamConfig:
     multiplied by; what a step's loss is divided by counts every scored token once all the same."""
     lag_half_life: float | None = None
     """A row whose policy is this many versions behind the newest one of the snapshot comes in half
-    of the epochs, one twice as far behind in a quarter; nothing: all rows come in every epoch."""
+    of the epochs, one twice as far behind in a quarter, and one of an unknown policy in all;
+    nothing: all rows come in every epoch. A step takes no more rows (or groups) than come in an
+    epoch on average."""
     follow_every_steps: int = 0
     """Steps after which newer commits are looked for; 0 never, -1 at every epoch's end. Newer ones
     begin a new epoch."""

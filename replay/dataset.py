@@ -15,13 +15,14 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from stillroom.cache.errors import ConfigError, ForkedError
+from stillroom.cache.errors import ConfigError, ForkedError, MissingError
+from stillroom.cache.store import Cache
 from stillroom.replay.batch import Batch
 from stillroom.replay.config import StreamConfig
 from stillroom.replay.dataset_state import DatasetState
-from stillroom.replay.feed import StoredSource
+from stillroom.replay.feed import Source, StoredSource
 from stillroom.replay.pinned import pinned_empty
-from stillroom.replay.state import snapshots_in
+from stillroom.replay.state import check_identities, snapshots_in
 from stillroom.replay.stream import ReplayStream
 from stillroom.replay.tensors import Step, in_one_block, step_tensors
 
@@ -83,6 +84,7 @@ class ReplayDataset(IterableDataset[Step]):
             ForkedError: this is a forked worker.
             MismatchError: the loaded state is that of another stream, or another worker's, or the
                 caches fit neither each other nor the student.
+            MissingError: a cache is gone, or a snapshot.
             ConfigError: a worker is to follow a growing cache.
         """
         self._check_process()
@@ -161,7 +163,7 @@ class ReplayDataset(IterableDataset[Step]):
             )
 
     def _open(self, start: DatasetState) -> "_Running":
-        sources = [source.open() for source in self._sources_at(start)]
+        sources = self._opened(start)
         remote = any(not source.cache.storage.is_local for source in sources)
         is_pinned = self._pin and get_worker_info() is None
         pinned: dict[str, Any] = {"empty": pinned_empty} if is_pinned else {}
@@ -184,6 +186,18 @@ class ReplayDataset(IterableDataset[Step]):
             stream.close()
             raise
         return _Running(stream, start.step, start.worker, start.workers)
+
+    def _opened(self, start: DatasetState) -> list[Source]:
+        sources = self._sources_at(start)
+        if start.stream is None or sources is self._sources:
+            return [source.open() for source in sources]
+        caches = [Cache.open(source.root) for source in sources]
+        check_identities(start.stream, [cache.identity.digest() for cache in caches])
+        try:
+            return [source.open() for source in sources]
+        except MissingError as error:
+            do = "Restore it, or resume with the caches of the run that saved the state."
+            raise MissingError(error.where, error.expected, error.got, do) from error
 
     def _sources_at(self, start: DatasetState) -> tuple[StoredSource, ...]:
         """The sources; where they are followed, at the snapshots of a state."""

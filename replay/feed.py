@@ -3,7 +3,7 @@ every epoch."""
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import count
 
 import numpy as np
@@ -17,9 +17,9 @@ from stillroom.replay.place import Span
 from stillroom.replay.plan import Plan
 from stillroom.replay.reader import RowReader
 from stillroom.replay.row_filter import RowFilter
-from stillroom.replay.selection import select
+from stillroom.replay.selection import Selection, select
 from stillroom.replay.shard_columns import Known
-from stillroom.replay.staleness import kept_rows, mean_of_kept
+from stillroom.replay.staleness import expected_rows, kept_rows, mean_of_kept
 
 BYTES = {
     axes: sum(np.dtype(dtype).itemsize for own, dtype in LAYOUT.values() if own == axes)
@@ -85,6 +85,7 @@ class Feed:
         config: the stream's settings.
         empty: makes the arrays of decoded blocks.
         known: what was read of shards, where the source is followed, for rows to be chosen by.
+            What is read now is added, also where no feed comes of it.
 
     Raises:
         InputError: no row is left, or one is too long.
@@ -101,7 +102,7 @@ class Feed:
         """Choose rows; none is read yet."""
         self.source, self.number, self._config, self._empty = source, number, config, empty
         self.filter = config.rows if source.rows is None else source.rows
-        known = dict(known or {}) if config.follow_every_steps else None
+        known = ({} if known is None else known) if config.follow_every_steps else None
         self.selection = select(
             source.cache,
             source.snapshot,
@@ -126,7 +127,7 @@ class Feed:
         identity = source.cache.identity
         wide = BYTES["PK"] * identity.topk + BYTES["PM"] * identity.extra
         self._position_bytes = BYTES["P"] + wide
-        self._epoch = lru_cache(2)(self._make_epoch)
+        self._epoch = lru_cache(2)(partial(_make_epoch, self.selection, config, number))
 
     @property
     def units(self) -> int:
@@ -141,6 +142,15 @@ class Feed:
             return Fraction(len(selection.rows), self.units)
         sizes = np.diff(selection.unit_start)
         return mean_of_kept(sizes, selection.unit_policy, half_life, selection.newest_policy)
+
+    @cached_property
+    def expected_units(self) -> Fraction:
+        """Units of an epoch, on average over many; below 1 where most have one only because each
+        has one at least."""
+        selection, half_life = self.selection, self._config.lag_half_life
+        if half_life is None:
+            return Fraction(self.units)
+        return expected_rows(selection.unit_policy, half_life, selection.newest_policy)
 
     def open_bytes(self, world: int) -> int:
         """About what the blocks take that one of so many ranks has in use at once."""
@@ -178,17 +188,25 @@ class Feed:
         source = replace(self.source, snapshot=snapshot)
         return Feed(source, self.number, self._config, self._empty, self._known)
 
-    def _make_epoch(self, epoch: int) -> tuple[Plan, np.ndarray]:
-        selection, config = self.selection, self._config
-        seed = config.seed + self.number
-        kept = np.arange(self.units)
-        if config.lag_half_life is not None:
-            key = selection.rows[selection.unit_start[:-1]]
-            newest = selection.newest_policy
-            kept = kept_rows(selection.unit_policy, seed, epoch, config.lag_half_life, key, newest)
-        size = config.group_rows
-        block, window = max(1, config.block_rows // size), max(1, config.window_rows // size)
-        return Plan(len(kept), seed, block, window), kept
+    def close(self) -> None:
+        """Let go of open shards, and of what is known of others."""
+        self.reader.close()
+        self._known.clear()
+
+
+def _make_epoch(
+    selection: Selection, config: StreamConfig, number: int, epoch: int
+) -> tuple[Plan, np.ndarray]:
+    """The order of an epoch, and the units that it has."""
+    seed = config.seed + number
+    kept = np.arange(len(selection.unit_start) - 1)
+    if config.lag_half_life is not None:
+        key = selection.rows[selection.unit_start[:-1]]
+        newest = selection.newest_policy
+        kept = kept_rows(selection.unit_policy, seed, epoch, config.lag_half_life, key, newest)
+    size = config.group_rows
+    block, window = max(1, config.block_rows // size), max(1, config.window_rows // size)
+    return Plan(len(kept), seed, block, window), kept
 
 
 def _of_snapshot(known: Known, snapshot: Snapshot) -> Known:

@@ -112,7 +112,12 @@ class Prefetch:
 
     def fill(self, at: Position) -> None:
         """Have the step at a position on its way. Where it is not yet, later ones are planned too,
-        as far ahead as the bounds allow."""
+        as far ahead as the bounds allow.
+
+        Raises:
+            ConfigError: the interpreter ends.
+        """
+        _check_running()
         if self._ahead and self._begins_at() == at:
             return
         with self._lock:
@@ -154,10 +159,12 @@ class Prefetch:
 
     def _plan_on(self) -> None:
         """Plan in the other thread, unless it is about to begin anyway. Threads that call this at
-        the same time may have it plan once too often."""
+        the same time may have it plan once too often. Where that thread has ended, or cannot start,
+        the next take plans."""
         last = self._planning
         if last is None or last.running() or last.done():
-            self._planning = self._plan_pool.submit(self._fill)
+            with suppress(RuntimeError):
+                self._planning = self._plan_pool.submit(self._fill)
 
     def _fill(self) -> None:
         """Add steps as far ahead as the bounds allow. What is raised while others are on their way
@@ -206,8 +213,7 @@ def _plan_again(prefetch: weakref.ref[Prefetch], batch: Future[Batch]) -> None:
     takes those of the planning pool alone."""
     ahead = None if batch.cancelled() else prefetch()
     if ahead is not None and not ahead.closed:
-        with suppress(RuntimeError):  # closed by now, or no thread can start: the next take plans
-            ahead._plan_on()
+        ahead._plan_on()
 
 
 def _check_running() -> None:

@@ -145,6 +145,10 @@ class RowReader:
             start = end
         return tuple(pieces)
 
+    def close(self) -> None:
+        """Let go of open shards; a later read opens its own again."""
+        self._shard.cache_clear()
+
     def row(self, block: Block, number: int) -> Row:
         """A row of a block; its arrays are views."""
         piece = block[bisect_right(block, number, key=lambda p: p.first) - 1]

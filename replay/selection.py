@@ -68,9 +68,11 @@ class Selection:
 
     @property
     def unit_policy(self) -> np.ndarray:
-        """(U,) int64: the oldest policy of each unit; `policy` must have been read."""
+        """(U,) int64: the oldest known policy of each unit, -1 where none is known; `policy` must
+        have been read."""
         assert self.policy is not None
-        return np.minimum.reduceat(self.policy, self.unit_start[:-1])
+        unsigned = self.policy.view(np.uint64)  # of which -1 is the largest
+        return np.minimum.reduceat(unsigned, self.unit_start[:-1]).view(np.int64)
 
 
 def select(
@@ -102,8 +104,7 @@ def select(
 
     Raises:
         InputError: no row is left, a row is longer than max_tokens and over_long is "refuse", or a
-            column of `rows.ranges` has not one number a sequence.
-        MissingError: a shard has no column of that name; names both.
+            shard has no column of a name in `rows.ranges`, or one with a number a position.
         CorruptError: stored bytes are damaged; names the object.
     """
     _check_settings(max_tokens, over_long, group_rows)

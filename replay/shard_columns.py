@@ -46,8 +46,7 @@ class ShardColumns:
         """Whole columns of a shard, by name.
 
         Raises:
-            InputError: one has a number a position.
-            MissingError: the shard has no such column.
+            InputError: the shard has no such column, or one with a number a position.
             CorruptError: its bytes are damaged.
         """
         if not self._keeps:
@@ -83,10 +82,13 @@ class ShardColumns:
     def _read(self, part: int, names: Sequence[str]) -> Arrays:
         shard = self._cache.shard(self._commits[part])
         axes = shard.manifest.attributes["user_axes"]
+        where = self._cache.storage.describe(shard.path)
         for name in names:
+            if name not in shard.columns:
+                do = "Take the column out of rows.ranges, or retire the part."
+                raise InputError(where, f"a column {name!r}", ", ".join(shard.columns), do)
             if axes.get(name) == "position":
-                where = f"{self._cache.storage.describe(shard.path)}, {name}"
                 do = "Take the column out of rows.ranges."
-                raise InputError(where, "one number a sequence", "one a position", do)
+                raise InputError(f"{where}, {name}", "one number a sequence", "one a position", do)
         arrays = shard.read_ranges([(name, 0, None) for name in names])
         return dict(zip(names, arrays, strict=True))

@@ -74,6 +74,16 @@ def snapshots_in(state: dict[str, Any]) -> list[str]:
     return found
 
 
+def check_identities(state: dict[str, Any], identities: Sequence[str]) -> None:
+    """See that a state belongs to caches of these identities' digests, as many as it has.
+
+    Raises:
+        MismatchError: it belongs to others.
+    """
+    for mine, theirs in zip(identities, state["sources"], strict=True):
+        _check_same({"identity": mine}, theirs, ())
+
+
 def check_settings(
     state: dict[str, Any], config: StreamConfig, feeds: Sequence[Feed], shares: Sequence[int]
 ) -> None:

@@ -103,7 +103,9 @@ class Planner:
     def read_from(self, feeds: Sequence[Feed]) -> None:
         """Plan the next steps with these feeds."""
         self.feeds = tuple(feeds)
-        self._unit_shares = shares_of_units(self._shares, [feed.unit_rows for feed in feeds])
+        self._unit_shares = self._shares
+        if len(self.feeds) > 1:
+            self._unit_shares = shares_of_units(self._shares, [feed.unit_rows for feed in feeds])
 
     def next(self, at: Position) -> tuple[Step, Position]:
         """The step at a position, and the position after it."""

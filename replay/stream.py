@@ -214,6 +214,8 @@ class ReplayStream:
         if os.getpid() == self._pid:
             self._ahead.close()
             self._recycler.clear()
+            for feed in self.feeds:
+                feed.close()
 
     def __enter__(self) -> "ReplayStream":
         """Close at the end of the block."""

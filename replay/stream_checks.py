@@ -56,3 +56,19 @@ def check_batch(feeds: Sequence[Feed], config: StreamConfig) -> None:
         kind = "rows" if config.group_rows == 1 else f"groups of up to {config.group_rows} rows"
         do = "Lower replay.batch_rows, or replay more."
         raise InputError("replay.batch_rows", f"at most the {units} {kind}", f"{wanted}", do)
+    if config.lag_half_life is not None:
+        _check_lag(feeds, wanted, kind)
+
+
+def _check_lag(feeds: Sequence[Feed], wanted: int, kind: str) -> None:
+    """Refuse a half-life that leaves less than a step of an epoch, or of a cache less than one row
+    or group."""
+    found = [float(feed.expected_units) for feed in feeds]
+    if sum(found) < wanted or min(found) < 1:
+        few = feeds[found.index(min(found))]
+        where = f"{few.source.cache.storage.root}, replay.lag_half_life"
+        expected = f"{wanted} or more {kind} in an epoch on average, and of each cache 1"
+        numbers = ", ".join(f"{one:.3g}" for one in found)
+        got = f"{numbers}, where policy {few.selection.newest_policy} is the newest"
+        do = "Raise it, lower replay.batch_rows, or replay rows of newer policies."
+        raise InputError(where, expected, got, do)

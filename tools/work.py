@@ -230,7 +230,8 @@ def _cache_to_train_on(root: str) -> Cache:
 
 
 def _say_trained(report: "TrainReport", snapshot_id: str) -> None:
-    loss = f", last loss {report.losses[-1]:.4f} nats a position" if report.losses else ""
+    last = report.last_loss
+    loss = "" if last is None else f", last loss {last:.4f} nats a position"
     say(
         f"train: {report.steps:,} steps, {report.rows:,} rollouts, {report.positions:,} positions "
         f"replayed from snapshot {snapshot_id} in {report.train_s:.1f} s{loss}"

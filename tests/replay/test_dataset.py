@@ -8,6 +8,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -383,6 +384,26 @@ def test_a_state_of_other_sources_is_told_apart_where_they_are_followed(growing:
     two.load_state_dict(one.state_dict())
     with pytest.raises(MismatchError, match="expected sources = 2; got sources = 1"):
         iter(two)
+
+
+def test_a_state_of_another_cache_is_told_apart_where_they_are_followed(
+    growing: Cache, other_cache: Cache, tmp_path: Path
+) -> None:
+    """By the teacher that scored it; where that is the same, by the snapshot."""
+    other = Cache.create(tmp_path / "other", replace(growing.identity, topk=2))
+    add_scored_part(other, 0, 0, 20)
+    config = replace(CONFIG, follow_every_steps=2)
+    theirs = ReplayDataset(stored(growing), config)
+    iter(theirs)
+    mine = ReplayDataset(stored(other), config)
+    mine.load_state_dict(theirs.state_dict())
+    with pytest.raises(MismatchError, match="stream state: expected identity = "):
+        iter(mine)
+    mine = ReplayDataset(stored(other_cache), config)
+    mine.load_state_dict(theirs.state_dict())
+    message = f"{growing.snapshot().id}.*resume with the caches of the run that saved the state"
+    with pytest.raises(MissingError, match=message):
+        iter(mine)
 
 
 @pytest.mark.parametrize("over_long", ["skip", "truncate"])

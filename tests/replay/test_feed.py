@@ -96,11 +96,35 @@ def test_lags_are_counted_from_the_snapshot_s_newest_policy(empty_cache: Cache) 
     add_scored_part(empty_cache, 0, 0, 40)
     add_scored_part(empty_cache, 3, 1, 5)
     policy, old = np.zeros(40, int), RowFilter(max_policy_version=0)
-    with stream_of(empty_cache, lag_half_life=1.0, rows=old) as stream:
+    with stream_of(empty_cache, lag_half_life=1.0, rows=old, batch_rows=5) as stream:
         (feed,) = stream.feeds
         sizes = [feed.units_in(epoch) for epoch in range(50)]
     assert sizes == [len(kept_rows(policy, 3, e, 1.0, np.arange(40), 3)) for e in range(50)]
     assert 4 < np.mean(sizes) < 6, "an eighth of them"
+
+
+def test_a_step_larger_than_what_lags_leave_of_an_epoch_is_refused(empty_cache: Cache) -> None:
+    add_scored_part(empty_cache, 0, 0, 40)
+    add_scored_part(empty_cache, 3, 1, 5)
+    settings: dict[str, Any] = {"lag_half_life": 1.0, "rows": RowFilter(max_policy_version=0)}
+    message = r"lag_half_life: expected 6 or more rows.*; got 5, where policy 3 is the newest"
+    with pytest.raises(InputError, match=message):
+        stream_of(empty_cache, **settings, batch_rows=6)
+    stream_of(empty_cache, **settings, batch_rows=5).close()
+
+
+def test_a_cache_of_which_lags_leave_nothing_is_refused(
+    empty_cache: Cache, other_cache: Cache
+) -> None:
+    add_scored_part(empty_cache, 0, 0, 7)
+    add_scored_part(empty_cache, 3, 1, 5)
+    old = RowFilter(max_policy_version=0)
+    config = replace(CONFIG, lag_half_life=1.0, last_batch="carry")
+    snapshot = empty_cache.snapshot()
+    beside = Source(other_cache, other_cache.snapshot())
+    with pytest.raises(InputError, match=r"of each cache 1; got 37, 0\.875, where policy 3"):
+        ReplayStream([beside, Source(empty_cache, snapshot, rows=old)], config)
+    ReplayStream([beside, Source(empty_cache, snapshot)], config).close()
 
 
 def test_units_are_thinned_whole(empty_cache: Cache) -> None:

@@ -27,6 +27,7 @@ from stillroom.replay.row_filter import RowFilter
 from stillroom.replay.stream import ReplayStream
 from stillroom.replay.testing_record import Record, record
 from tests.replay.conftest import add_grouped_part, add_scored_part
+from tests.replay.test_prefetch import settle
 
 CONFIG = StreamConfig(batch_rows=4, max_tokens=40, block_rows=4, window_rows=5, seed=3)
 EVERY = 3
@@ -421,6 +422,69 @@ def test_snapshots_that_were_left_are_forgotten(cache: Cache, follow: Follow) ->
     gc.collect()
     assert sum(feed() is not None for feed in feeds) <= 1
     assert {feed for feed, _ in stream._ahead._blocks._held} == set(stream.feeds)
+
+
+@pytest.fixture
+def _no_collector() -> Iterator[None]:
+    """Only what nobody refers to is let go of."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_a_feed_that_was_left_is_let_go_of_at_once(cache: Cache) -> None:
+    config = replace(CONFIG, follow_every_steps=1, lag_half_life=2.0)
+    stream = ReplayStream(Source(cache, cache.snapshot()), config)
+    stream.next_batch()
+    settle(stream)
+    left = weakref.ref(stream.feeds[0])
+    add_scored_part(cache, 0, 5, 5)
+    stream.next_batch()
+    assert left() is None
+    read = weakref.ref(stream.feeds[0])
+    stream.close()
+    del stream
+    assert read() is None
+
+
+def test_a_closed_stream_keeps_no_shard(follow: Follow) -> None:
+    stream = follow(rows=RowFilter(ranges={"x_weight": (0, None)}))
+    stream.next_batch()
+    settle(stream)
+    (feed,) = stream.feeds
+    assert feed.reader._shard.cache_info().currsize
+    assert feed._known
+    stream.close()
+    assert not feed.reader._shard.cache_info().currsize
+    assert not feed._known
+
+
+def test_what_was_read_for_a_snapshot_that_does_not_fit_is_not_read_again(
+    cache: Cache, follow: Follow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = follow(rows=RowFilter(max_lag=0), follow_every_steps=1)
+    stream.next_batch()
+    new = add_scored_part(cache, 1, 2, 3)
+    read: list[str] = []
+    read_ranges = Shard.read_ranges
+
+    def noted(shard: Shard, wanted: Any) -> Any:
+        read.append(shard.commit.part)
+        return read_ranges(shard, wanted)
+
+    monkeypatch.setattr(Shard, "read_ranges", noted)
+    stream._ahead.drop()
+    settle(stream)
+    read.clear()
+    for _ in range(3):
+        with pytest.raises(InputError, match="at most the 3 rows; got 4"):
+            stream.next_batch()
+    assert read == [new]
+    cache.retire(new, "too few")
+    stream.next_batch()
+    assert set(stream.feeds[0]._known) == {c.digest() for c in cache.snapshot().commits}
 
 
 def test_a_larger_batch_after_resuming_does_not_end_a_carried_epoch(

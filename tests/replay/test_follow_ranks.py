@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stillroom.cache.commits import commit_path
@@ -20,9 +21,10 @@ from stillroom.cache.store import Cache
 from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Source
 from stillroom.replay.follow import agree_alone, agree_among
+from stillroom.replay.row_filter import RowFilter
 from stillroom.replay.stream import ReplayStream
 from stillroom.replay.testing_record import Record, record
-from tests.replay.conftest import add_scored_part
+from tests.replay.conftest import add_scored_part, made_up_table, part_meta, score_table
 
 CONFIG = StreamConfig(batch_rows=4, max_tokens=40, block_rows=4, window_rows=5, seed=3)
 EVERY = 3
@@ -67,11 +69,11 @@ class Together:
         return agree
 
 
-def ranks_of(cache: Cache, world: int) -> list[ReplayStream]:
+def ranks_of(cache: Cache, world: int, config: StreamConfig = CONFIG) -> list[ReplayStream]:
     """Streams of all ranks, in this process."""
     together = Together()
     source = Source(cache, cache.snapshot())
-    config = replace(CONFIG, follow_every_steps=EVERY)
+    config = replace(config, follow_every_steps=EVERY)
     return [
         ReplayStream(source, config, rank=rank, world=world, agree=together.rank())
         for rank in range(world)
@@ -125,6 +127,25 @@ def test_ranks_ask_anew_where_the_snapshot_suits_none_of_them(cache: Cache) -> N
         with pytest.raises(InputError, match="an empty snapshot"):
             stream.next_batch()
     add_scored_part(cache, 1, 2, 9)
+    one, other = (take(stream, 1)[0] for stream in ranks)
+    assert one.rows == other.rows
+    assert ranks[0].snapshots == ranks[1].snapshots == [cache.snapshot().id]
+
+
+def test_ranks_ask_anew_where_a_shard_lacks_a_column(cache: Cache) -> None:
+    """Which is the same for all of them, and over once its part is retired."""
+    config = replace(CONFIG, rows=RowFilter(ranges={"x_weight": (0, None)}))
+    ranks = ranks_of(cache, 2, config)
+    for stream in ranks:
+        take(stream, EVERY)
+    rng = np.random.default_rng(1)
+    table = made_up_table(rng, 5, 1).drop_columns(["x_weight"])
+    part = score_table(cache, table, part_meta(1, 2), rng)
+    for stream in ranks:
+        with pytest.raises(InputError, match=f"{part}.*expected a column 'x_weight'"):
+            stream.next_batch()
+    cache.retire(part, "no column")
+    add_scored_part(cache, 1, 3, 5)
     one, other = (take(stream, 1)[0] for stream in ranks)
     assert one.rows == other.rows
     assert ranks[0].snapshots == ranks[1].snapshots == [cache.snapshot().id]

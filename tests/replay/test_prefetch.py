@@ -313,7 +313,7 @@ def test_no_step_is_lost_where_threads_are_asked_in_vain(
                 assert failed < 1_000
         stream.close()
         assert stream._ahead._blocks._in_use == 0
-    assert failed
+    assert failed or pool == "_plan_pool", "where planning has no thread, the next take plans"
 
 
 class PlanGate:

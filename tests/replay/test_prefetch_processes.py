@@ -114,3 +114,34 @@ def test_a_program_that_fails_reads_no_more_of_what_is_queued(
     before, _, after = (tmp_path / "log").read_text().partition("|")
     assert len(before) >= 2
     assert len(after) < 40
+
+
+OUTLIVING = """
+import sys, threading
+from stillroom.cache.store import Cache
+from stillroom.replay.config import StreamConfig
+from stillroom.replay.feed import Source
+from stillroom.replay.stream import ReplayStream
+
+cache = Cache.open(sys.argv[1])
+stream = ReplayStream(Source(cache, cache.snapshot()), StreamConfig(batch_rows=1, max_tokens=40))
+begun = threading.Event()
+
+def train():
+    try:
+        for _ in stream:
+            begun.set()
+    except Exception as error:
+        print(type(error).__name__, error)
+    stream.close()
+
+threading.Thread(target=train).start()
+begun.wait()
+"""
+
+
+def test_a_stream_that_outlives_the_main_thread_says_so(scored_cache: Cache) -> None:
+    command = [sys.executable, "-c", OUTLIVING, str(scored_cache.storage.root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("ConfigError stream: expected a running interpreter")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stillroom.cache.errors import ConfigError, ShapeError
-from stillroom.replay.staleness import kept_rows, mean_of_kept
+from stillroom.replay.staleness import expected_rows, kept_rows, mean_of_kept
 
 ROWS = 20_000
 POLICIES = st.lists(st.integers(-1, 6), min_size=1, max_size=60).map(np.array)
@@ -96,7 +96,7 @@ def test_lags_are_counted_from_the_newest_policy(policy: np.ndarray, epoch: int,
         assert set(found) == beside
     else:
         (only,) = found
-        assert max(policy[only], 0) == max(policy.max(), 0), "an unknown policy counts as policy 0"
+        assert policy[only] == policy.max()
 
 
 def test_one_row_comes_where_chance_leaves_none() -> None:
@@ -119,11 +119,30 @@ def test_a_mean_over_what_comes_is_that_of_many_epochs() -> None:
     assert mean_of_kept(np.ones(400, int), policy, 1.5, 6) == 1
 
 
-def test_an_unknown_policy_is_like_policy_0() -> None:
+def test_rows_of_an_unknown_policy_always_come() -> None:
+    """And change nothing for the others."""
     policy = np.arange(300) % 5
     unknown = np.where(policy == 0, -1, policy)
-    assert kept(unknown) == kept(policy)
-    assert kept([-1, 0, -1]) == [0, 1, 2]
+    comes = set(kept(policy))
+    assert set(kept(unknown)) == comes | set(np.flatnonzero(policy == 0)) != comes
+    assert kept([-1, 0, -1], newest=500) == [0, 2]
+    assert kept([-1, -1]) == [0, 1]
+
+
+def test_so_many_rows_come_on_average() -> None:
+    policy = np.random.default_rng(1).integers(-1, 5, 400)
+    counts = [len(kept(policy, epoch=epoch, half=1.5, newest=6)) for epoch in range(60)]
+    assert abs(np.mean(counts) / expected_rows(policy, 1.5, 6) - 1) < 0.02
+    assert expected_rows(np.array([5, 3, 1]), 2.0, 5) == 1.75
+    assert expected_rows(np.zeros(300, int), 1.0, 60) < 1e-12
+
+
+def test_a_mean_counts_the_row_that_comes_where_chance_leaves_none() -> None:
+    policy, value = np.array([1, *[0] * 30]), np.array([1, *[4] * 30])
+    counted = [value[kept(policy, epoch=e, half=1.0, newest=5)] for e in range(3000)]
+    exact = mean_of_kept(value, policy, 1.0, 5)
+    assert sum(len(one) == 1 and one[0] == 1 for one in counted) > 600
+    assert abs(np.concatenate(counted).mean() / exact - 1) < 0.02
 
 
 def test_the_choice_never_changes_with_a_release() -> None:

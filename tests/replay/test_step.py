@@ -18,8 +18,10 @@ from stillroom.cache.store import Cache
 from stillroom.replay.config import StreamConfig
 from stillroom.replay.feed import Feed, Source
 from stillroom.replay.place import Place
+from stillroom.replay.row_filter import RowFilter
 from stillroom.replay.step import Item, Planner, Position, Step
 from stillroom.replay.stream import ReplayStream
+from stillroom.replay.stream_checks import check_batch
 from tests.replay.conftest import (
     IDENTITY,
     add_grouped_part,
@@ -293,6 +295,32 @@ def test_shares_are_of_rows_where_older_units_come_less_often(tmp_path: Path) ->
     steps = plan_steps(feeds, config, 1, steps=400, share=[1, 1])
     counts = Counter(cache for (step,) in steps for cache in step.caches)
     assert abs(counts[0] / counts.total() - 0.5) < 0.01
+
+
+def test_shares_are_of_rows_where_little_of_a_cache_comes(tmp_path: Path) -> None:
+    """In a quarter of its epochs, that is the single row of the least lag alone."""
+    made = [Cache.create(tmp_path / name, IDENTITY) for name in "ab"]
+    add_grouped_part(made[0], 0, 0, prompts=40, samples=4)
+    add_scored_part(made[0], 1, 1, 1)
+    add_scored_part(made[0], 5, 2, 3)
+    add_scored_part(made[1], 5, 3, 40)
+    config = StreamConfig(batch_rows=8, group_rows=4, last_batch="carry", lag_half_life=1.0)
+    old = RowFilter(max_policy_version=1)
+    sources = [Source(made[0], made[0].snapshot(), rows=old), Source(made[1], made[1].snapshot())]
+    feeds = [Feed(source, number, config) for number, source in enumerate(sources)]
+    check_batch(feeds, config)
+    steps = plan_steps(feeds, config, 1, steps=3000, share=[1, 1])
+    counts = Counter(cache for (step,) in steps for cache in step.caches)
+    assert abs(counts[0] / counts.total() - 0.5) < 0.015
+
+
+def test_one_cache_alone_asks_for_no_mean_sizes(
+    caches: list[Cache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Feed, "unit_rows", None)
+    config = StreamConfig(batch_rows=10, group_rows=2, lag_half_life=1.0)
+    ((step,),) = plan_steps(open_feeds(caches[:1], config), config, 1, steps=1)
+    assert step.rows
 
 
 def test_a_step_needs_the_blocks_of_its_own_rows_only(caches: list[Cache]) -> None:
