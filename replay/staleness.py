@@ -31,8 +31,9 @@ def kept_rows(
     """Indices of the rows that come in an epoch.
 
     A row comes with probability 2^(-lag / half_life), where its lag is how many versions it is
-    behind the newest policy; rows of that one, and of an unknown one, always come. Each row is decided by a hash of (seed, epoch, its key) and its lag, whatever other rows there
-    are; where none would come, the row with the lowest hash among those of the least lag does.
+    behind the newest policy; rows of that one, and of an unknown one, always come. Each row is
+    decided by a hash of (seed, epoch, its key) and its lag, whatever other rows there are; where
+    none would come, the row with the lowest hash among those of the least lag does.
     Where rows stay together, give a policy and a key a unit.
 
     Args:

@@ -52,8 +52,8 @@ def check_batch(feeds: Sequence[Feed], config: StreamConfig) -> None:
     """Refuse a step of more rows, or groups, than are replayed."""
     units = sum(feed.units for feed in feeds)
     wanted = config.batch_rows // config.group_rows
+    kind = "rows" if config.group_rows == 1 else f"groups of up to {config.group_rows} rows"
     if wanted > units:
-        kind = "rows" if config.group_rows == 1 else f"groups of up to {config.group_rows} rows"
         do = "Lower replay.batch_rows, or replay more."
         raise InputError("replay.batch_rows", f"at most the {units} {kind}", f"{wanted}", do)
     if config.lag_half_life is not None:

@@ -418,7 +418,9 @@ def test_a_column_that_a_shard_lacks(empty_cache: Cache) -> None:
     table = made_up_table(np.random.default_rng(1), 4, 0).drop_columns(["x_weight"])
     name = score_table(empty_cache, table, part_meta(0, 1))
     rows = RowFilter(ranges={"x_weight": (0, None)})
-    with pytest.raises(InputError, match=f"{name}.*a column 'x_weight'; got token, "):
+    with pytest.raises(
+        InputError, match=f"{name}.*a column 'x_weight'; got topk_id, .*x_advantage"
+    ):
         select(empty_cache, empty_cache.snapshot(), rows, max_tokens=LONGEST)
 
 

@@ -111,7 +111,7 @@ def test_one_row_comes_where_chance_leaves_none() -> None:
 def test_a_mean_over_what_comes_is_that_of_many_epochs() -> None:
     rng = np.random.default_rng(1)
     policy, value = rng.integers(-1, 5, 400), rng.integers(1, 5, 400)
-    value[policy < 2] += 7
+    value[(policy >= 0) & (policy < 2)] += 7
     counted = [value[kept(policy, epoch=e, half=1.5, newest=6)] for e in range(60)]
     exact = mean_of_kept(value, policy, 1.5, 6)
     assert abs(np.concatenate(counted).mean() / exact - 1) < 0.02
