@@ -132,7 +132,7 @@ def test_rows_of_an_unknown_policy_always_come() -> None:
 def test_so_many_rows_come_on_average() -> None:
     policy = np.random.default_rng(1).integers(-1, 5, 400)
     counts = [len(kept(policy, epoch=epoch, half=1.5, newest=6)) for epoch in range(60)]
-    assert abs(np.mean(counts) / expected_rows(policy, 1.5, 6) - 1) < 0.02
+    assert abs(float(np.mean(counts)) / float(expected_rows(policy, 1.5, 6)) - 1) < 0.02
     assert expected_rows(np.array([5, 3, 1]), 2.0, 5) == 1.75
     assert expected_rows(np.zeros(300, int), 1.0, 60) < 1e-12
 
