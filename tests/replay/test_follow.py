@@ -1,8 +1,6 @@
 """Following a growing cache: newer commits are taken up at the next boundary, and not before."""
 
-import gc
 import shutil
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -409,56 +407,6 @@ def test_what_is_read_ahead_stays_where_nothing_is_new(follow: Follow) -> None:
     stream = follow(follow_every_steps=1)
     stream.next_batch()
     assert len(stream._ahead._ahead) > 3
-
-
-def test_snapshots_that_were_left_are_forgotten(cache: Cache, follow: Follow) -> None:
-    stream = follow(follow_every_steps=1)
-    feeds = []
-    for unit in range(2, 8):
-        stream.next_batch()
-        feeds.append(weakref.ref(stream.feeds[0]))
-        add_scored_part(cache, 0, unit, 5)
-    stream.next_batch()
-    gc.collect()
-    assert sum(feed() is not None for feed in feeds) <= 1
-    assert {feed for feed, _ in stream._ahead._blocks._held} == set(stream.feeds)
-
-
-@pytest.fixture
-def _no_collector() -> Iterator[None]:
-    """Only what nobody refers to is let go of."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
-@pytest.mark.usefixtures("_no_collector")
-def test_a_feed_that_was_left_is_let_go_of_at_once(cache: Cache) -> None:
-    config = replace(CONFIG, follow_every_steps=1, lag_half_life=2.0)
-    stream = ReplayStream(Source(cache, cache.snapshot()), config)
-    stream.next_batch()
-    settle(stream)
-    left = weakref.ref(stream.feeds[0])
-    add_scored_part(cache, 0, 5, 5)
-    stream.next_batch()
-    assert left() is None
-    read = weakref.ref(stream.feeds[0])
-    stream.close()
-    del stream
-    assert read() is None
-
-
-def test_a_closed_stream_keeps_no_shard(follow: Follow) -> None:
-    stream = follow(rows=RowFilter(ranges={"x_weight": (0, None)}))
-    stream.next_batch()
-    settle(stream)
-    (feed,) = stream.feeds
-    assert feed.reader._shard.cache_info().currsize
-    assert feed._known
-    stream.close()
-    assert not feed.reader._shard.cache_info().currsize
-    assert not feed._known
 
 
 def test_what_was_read_for_a_snapshot_that_does_not_fit_is_not_read_again(

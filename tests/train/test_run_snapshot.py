@@ -58,8 +58,8 @@ def checkpoint(output: Path, step: int, snapshot: Snapshot) -> Path:
     folder = checkpoints_of(output, RUN) / f"step-{step:08d}"
     folder.mkdir(parents=True)
     stream = {"sources": [{"snapshot": snapshot.id}]}
-    progress = {"step": step, "rows": 1, "positions": 1, "stream": stream, "callbacks": {}}
-    state = {**progress, "student": "0" * 32, "settings": {}}
+    progress = {"step": step, "rows": 1, "positions": 1, "loss": 1.5, "stream": stream}
+    state = {**progress, "callbacks": {}, "student": "0" * 32, "settings": {}}
     (folder / "state.json").write_bytes(jsonfile.dump(state))
     seal_folder(folder)
     return folder
