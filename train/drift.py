@@ -14,7 +14,7 @@ from stillroom.cache import jsonfile
 from stillroom.cache.errors import CorruptError
 from stillroom.cache.storage import Storage
 from stillroom.train.callbacks import Callback, MicroOutcome, StepOutcome
-from stillroom.train.drift_sums import Sums
+from stillroom.train.drift_sums import Sums, can_be
 from stillroom.train.ranks import from_every_rank, rank
 from stillroom.train.run_snapshot import pin_name
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from stillroom.train.report import TrainReport
     from stillroom.train.trainer import ReplayTrainer
 
-VERSION = re.compile(r"-1|0|[1-9][0-9]*")
+VERSION = re.compile(r"-1|0|[1-9][0-9]{0,9}")
+MAX_VERSION = 2**31 - 1
 WHERE, DO = "drift in a checkpoint", "Delete the checkpoint to resume from an older one."
 
 
@@ -125,7 +126,12 @@ class DriftCallback(Callback):
             CorruptError: they are not sums by policy version.
         """
         sums, last, own_id = (state.get(name) for name in ("sums", "last", "id"))
-        if not (_is_plain(sums) and _is_plain(last) and isinstance(own_id, str)):
+        if not (
+            state.keys() == {"id", "sums", "last"}
+            and _is_plain(sums)
+            and _is_plain(last)
+            and isinstance(own_id, str)
+        ):
             raise CorruptError(WHERE, "sums, the last record and an id", f"{state!r:.80}", DO)
         self._meter.restore(sums if rank() == 0 else {})
         self._last, self._id = last, own_id
@@ -159,13 +165,16 @@ def _is_plain(value: Any) -> TypeGuard[dict[str, dict[str, Any]]]:
 
 
 def _version(name: str) -> int:
-    if VERSION.fullmatch(name) is None:
+    if VERSION.fullmatch(name) is None or int(name) > MAX_VERSION:
         raise CorruptError(WHERE, "a policy version", f"{name!r:.80}", DO)
     return int(name)
 
 
 def _sums(name: str, value: Mapping[str, Any]) -> Sums:
-    sums: Sums = jsonfile.build(Sums, dict(value), f"{WHERE}, policy {name}")
+    where = f"{WHERE}, policy {name}"
+    sums: Sums = jsonfile.build(Sums, dict(value), where)
+    if not can_be(sums):
+        raise CorruptError(where, "sums over some tokens", f"{sums}", DO)
     return sums
 
 

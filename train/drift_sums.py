@@ -15,13 +15,16 @@ exp(d), d within 20 nats:
                                 entries, and how often the sampled token was none of those
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from stillroom.train.callbacks import MicroOutcome
 
 MAX_LOG_RATIO = 20.0
+ROUNDING = 1e-6
+"""Relative, of sums; far more than float64 loses over any run."""
 RATIO_MEASURES = ("k1_nats", "k3_nats", "reverse_nats", "chi_square", "m2", "ess", "row_ess")
 
 
@@ -101,3 +104,48 @@ class Sums:
 
 def _mass(logprob: np.ndarray) -> float:
     return float(np.exp(logprob.astype(np.float64)).sum())
+
+
+def can_be(sums: Sums) -> bool:
+    """Whether some tokens have these sums, up to rounding: what a checkpoint says is checked."""
+    n, positions, most = sums.n, sums.positions, 1 + ROUNDING
+    if not (positions >= 1 and 0 <= sums.outside <= positions and 0 <= n <= positions):
+        return False
+    if not all(0 <= mass <= most * positions for mass in (sums.student_tail, sums.teacher_tail)):
+        return False
+    if n == 0:
+        return not any(getattr(sums, f.name) for f in fields(Sums)[5:])
+    return (
+        _log_ratios_can_be(sums)
+        and 1 <= sums.rows <= n
+        and _ratios_can_be(sums.rows, sums.row_ratio, sums.row_ratio_squared)
+    )
+
+
+def _log_ratios_can_be(sums: Sums) -> bool:
+    """Each d is bounded, its square at least the mean's (Cauchy-Schwarz); exp of the mean d is at
+    most the mean ratio, and r log r at least that of the mean r (Jensen)."""
+    n, up = sums.n, 1 + ROUNDING
+    if not abs(sums.log_ratio) <= up * n * MAX_LOG_RATIO:
+        return False
+    mean, square = sums.log_ratio / n, sums.log_ratio_squared / n
+    if not (mean**2 <= up * square + ROUNDING**2 and square <= up * MAX_LOG_RATIO**2):
+        return False
+    if not _ratios_can_be(n, sums.ratio, sums.ratio_squared):
+        return False
+    ratio, product = sums.ratio / n, sums.ratio_log_ratio / n
+    slack = ROUNDING * (1 + ratio * MAX_LOG_RATIO)
+    least = ratio * math.log(ratio)
+    return (1 - ROUNDING) * math.exp(mean) <= ratio and (
+        least - slack <= product <= ratio * MAX_LOG_RATIO + slack
+    )
+
+
+def _ratios_can_be(n: int, ratio: float, squared: float) -> bool:
+    """Each ratio is bounded, and the mean's square at most the mean square (Cauchy-Schwarz)."""
+    up, bound = 1 + ROUNDING, math.exp(MAX_LOG_RATIO)
+    return (
+        n / bound <= up * ratio <= up * up * n * bound
+        and 0 <= squared <= up * n * bound**2
+        and ratio / n <= up * math.sqrt(squared / n)
+    )

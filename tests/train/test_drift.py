@@ -74,12 +74,21 @@ def test_every_policy_version_that_a_row_can_have_goes_on_from_a_checkpoint(vers
     assert second.take(0).keys() == {str(version)}
 
 
-@pytest.mark.parametrize("version", ["-2", "01", "+1", "1_0", ""])
+@pytest.mark.parametrize("version", ["-2", "2147483648", "01", "+1", "1_0", "", "9999999999"])
 def test_other_policy_versions_are_refused(version: str) -> None:
     meter = DriftMeter()
     meter.add(drawn(0, 0))
     with pytest.raises(CorruptError, match="expected a policy version"):
         meter.restore({version: meter.state()["0"]})
+
+
+def test_sums_that_cannot_be_are_refused() -> None:
+    meter = DriftMeter()
+    meter.add(drawn(0, 0))
+    state = meter.state()
+    state["0"]["ratio"] *= 2
+    with pytest.raises(CorruptError, match="drift in a checkpoint, policy 0"):
+        meter.restore(state)
 
 
 @pytest.mark.parametrize("wrong", [{"ratio": "2"}, {"n": None}, {"more": 1}])
@@ -98,6 +107,7 @@ def test_other_sums_are_refused(wrong: dict[str, Any]) -> None:
         {},
         {"sums": {}, "last": {}},
         {"id": 1, "sums": {}, "last": {}},
+        {"id": "a", "sums": {}, "last": {}, "more": {}},
         {"id": "a", "sums": [], "last": {}},
         {"id": "a", "sums": {"0": 1}, "last": {}},
     ],

@@ -1,8 +1,9 @@
-"""Measures of drift against their definitions, written out."""
+"""Measures of drift against their definitions, written out; impossible sums are refused."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from stillroom.train.callbacks import MicroOutcome
-from stillroom.train.drift_sums import Sums
+from stillroom.train.drift_sums import MAX_LOG_RATIO, Sums, can_be
 
 
 def outcome(
@@ -79,6 +80,7 @@ def test_formulas() -> None:
         "row_ess": sum(rows) ** 2 / (8 * sum(x * x for x in rows)),
     }
     assert found == pytest.approx(expected, abs=1e-6)
+    assert can_be(sums)
 
 
 def test_no_drift_and_extreme_drift() -> None:
@@ -96,3 +98,62 @@ def test_without_any_behaviour_logprob_only_coverage_is_known() -> None:
     found = sums.summary()
     assert found["k3_nats"] is found["ess"] is found["row_ess"] is None
     assert found["student_tail_mass"] == pytest.approx(0.25)
+    assert can_be(sums)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-9, 1.0, 15.0, 1e6])
+def test_sums_of_tokens_can_be(spread: float) -> None:
+    """Also where every token lies at a bound, and after many small additions."""
+    rng, sums = np.random.default_rng(7), Sums()
+    for size in (1, 1, *[50] * 200):
+        drawn = rng.normal(MAX_LOG_RATIO if spread > 100 else 0, spread, size)
+        tail = rng.choice([0.0, 0.3, 1.0], size)
+        made = outcome(drawn, np.zeros(size), rng.integers(0, 9, size), tail=tail)
+        sums.add(made, np.ones(size, bool))
+    assert can_be(sums)
+    for sign in (-1, 1):
+        assert can_be(added(outcome(np.full(9, sign * 1e9), np.zeros(9))))
+
+
+WHOLE = asdict(added(outcome([-1.0, -2.0, -0.5], [-1.1, -1.9, -0.6], [0, 0, 1])))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"positions": 0},
+        {"positions": 2},
+        {"outside": 4},
+        {"outside": -1},
+        {"student_tail": 3.1},
+        {"teacher_tail": -0.1},
+        {"teacher_tail": math.nan},
+        {"n": 0},
+        {"n": -1},
+        {"log_ratio": 61.0},
+        {"log_ratio": math.nan},
+        {"log_ratio": 3.0},
+        {"log_ratio_squared": 0.0},
+        {"log_ratio_squared": 1201.0},
+        {"ratio": 1e-9},
+        {"ratio": math.inf},
+        {"ratio": 4.0},
+        {"ratio_log_ratio": -1.0},
+        {"ratio_log_ratio": 100.0},
+        {"ratio_log_ratio": math.nan},
+        {"ratio_squared": 2.0},
+        {"ratio_squared": -2.0},
+        {"ratio_squared": math.nan},
+        {"ratio_squared": 1e20},
+        {"rows": 0},
+        {"rows": 4},
+        {"row_ratio": 0.0},
+        {"row_ratio": 9.0},
+        {"row_ratio_squared": math.nan},
+    ],
+    ids=str,
+)
+def test_sums_that_no_tokens_have(wrong: dict[str, Any]) -> None:
+    sums = Sums(**WHOLE)
+    assert can_be(sums)
+    assert not can_be(replace(sums, **wrong))
